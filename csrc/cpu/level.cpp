@@ -1,0 +1,67 @@
+// What this CPU can run, what the environment asks for, and what was built in.
+#include "cpu/level.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/status.h"
+
+#ifndef HK_VERSION
+#error "the build defines HK_VERSION"
+#endif
+
+namespace hk {
+
+static const char* const kLevelNames[] = {"baseline", "avx2", "avx512"};
+
+static CpuLevel best_level() {
+#ifdef HK_CPU_X86_LEVELS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return CpuLevel::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::avx2;
+#endif
+  return CpuLevel::baseline;
+}
+
+static CpuLevel choose_level() {
+  const CpuLevel best = best_level();
+  const char* wanted = std::getenv("HULUKERN_CPU_LEVEL");
+  if (wanted == nullptr || wanted[0] == '\0') return best;
+  for (int i = 0; i <= static_cast<int>(best); ++i)
+    if (std::strcmp(wanted, kLevelNames[i]) == 0) return static_cast<CpuLevel>(i);
+  return CpuLevel::invalid;
+}
+
+CpuLevel cpu_level() {
+  static const CpuLevel level = choose_level();
+  return level;
+}
+
+int check_cpu_level(const char* op) {
+  if (cpu_level() != CpuLevel::invalid) return HK_OK;
+  return fail(HK_INVALID_ARGUMENT,
+              "%s: HULUKERN_CPU_LEVEL has \"%s\", expected baseline, avx2 or avx512, at most %s on this CPU", op,
+              std::getenv("HULUKERN_CPU_LEVEL"), kLevelNames[static_cast<int>(best_level())]);
+}
+
+}  // namespace hk
+
+extern "C" {
+const char* hk_version(void) { return HK_VERSION; }
+int hk_abi_version(void) { return HK_ABI_VERSION; }
+const char* hk_cpu_level(void) {
+  if (hk::check_cpu_level("hk_cpu_level")) return nullptr;
+  return hk::kLevelNames[static_cast<int>(hk::cpu_level())];
+}
+int hk_openmp(void) {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+const char* hk_cuda_archs(void) { return HK_CUDA_ARCHS; }
+const char* hk_cuda_absent_reason(void) { return HK_CUDA_ABSENT; }
+}

@@ -1,0 +1,30 @@
+// CPU levels: each *_cpu.cpp is compiled once per level into its own namespace and chosen once per
+// call, above all loops. Such files include only C headers: an inline library function compiled with
+// AVX-512 and kept by the linker would crash an older CPU.
+#pragma once
+
+namespace hk {
+
+enum class CpuLevel { baseline, avx2, avx512, invalid };
+
+// Chosen once per process: the CPU's best, or what HULUKERN_CPU_LEVEL asks for.
+CpuLevel cpu_level();
+// As above, but reports an unusable HULUKERN_CPU_LEVEL through hk::fail.
+int check_cpu_level(const char* op);
+
+}  // namespace hk
+
+#ifdef HK_CPU_X86_LEVELS
+#define HK_DECLARE_CPU(function, Args)                  \
+  namespace hk::baseline { int function(const Args&); } \
+  namespace hk::avx2 { int function(const Args&); }     \
+  namespace hk::avx512 { int function(const Args&); }
+#define HK_DISPATCH_CPU(function, args)                                   \
+  (hk::cpu_level() == hk::CpuLevel::avx512 ? hk::avx512::function(args)   \
+   : hk::cpu_level() == hk::CpuLevel::avx2 ? hk::avx2::function(args)     \
+                                           : hk::baseline::function(args))
+#else
+#define HK_DECLARE_CPU(function, Args) \
+  namespace hk::baseline { int function(const Args&); }
+#define HK_DISPATCH_CPU(function, args) (hk::baseline::function(args))
+#endif

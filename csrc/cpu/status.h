@@ -1,0 +1,35 @@
+// The one way a launcher reports: a code, and a thread-local message of one format,
+//   <op>: <argument> has <what came>, expected <what was expected>
+#pragma once
+
+#include "hulukern/hulukern.h"
+
+namespace hk {
+
+// Stores the printf-formatted text for hk_last_error() and returns `code`.
+__attribute__((format(printf, 2, 3))) int fail(hk_status code, const char* format, ...);
+
+const char* dtype_name(int32_t dtype);
+int64_t dtype_size(int32_t dtype);
+
+// Each check returns from the calling launcher on failure.
+#define HK_REQUIRE(condition, ...)                                  \
+  do {                                                              \
+    if (!(condition)) return hk::fail(HK_INVALID_ARGUMENT, __VA_ARGS__); \
+  } while (0)
+
+#define HK_RETURN_IF_ERROR(expression)        \
+  do {                                        \
+    if (int status_ = (expression)) return status_; \
+  } while (0)
+
+int check_exec(const char* op, const hk_exec* exec);
+// For ops that have CPU kernels only: exec must name the CPU, and the CPU level be usable.
+int check_cpu(const char* op, const hk_exec* exec);
+int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim);
+int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, int64_t expected,
+                const char* letter);
+// The trailing `inner` dimensions must be dense (row-major, last stride 1).
+int check_dense(const char* op, const char* name, const hk_tensor* t, int inner);
+
+}  // namespace hk

@@ -1,0 +1,37 @@
+// token_compact: arguments of the CPU kernels.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/level.h"
+
+namespace hk {
+
+struct TokenCompactIndexArgs {
+  const uint8_t* mask;         // [n_rows], or NULL
+  const int64_t* rows;         // [n_kept] strictly increasing, used when mask is NULL
+  int64_t n_rows, n_kept;
+  const int32_t* cu_seqlens;   // [S+1]
+  int64_t n_sequences;
+  int64_t* index;              // [bound]
+  int64_t* position_ids;       // [bound]
+  int64_t bound;
+  int32_t* cu_seqlens_out;     // [S+1]
+  int64_t* count;
+};
+
+// Copies rows of `row_bytes`; strides in bytes. gather: out[b] = x[index[b]]; otherwise scatter.
+struct TokenCompactRowsArgs {
+  const char* from;
+  char* to;
+  const int64_t* index;  // [bound], -1 marks a row beyond the count
+  int64_t bound, row_bytes, from_stride, to_stride;
+  int64_t n_to;  // scatter only: rows of `to`, zeroed first
+  int32_t gather;
+  int32_t num_threads;
+};
+
+}  // namespace hk
+
+HK_DECLARE_CPU(token_compact_index, hk::TokenCompactIndexArgs)
+HK_DECLARE_CPU(token_compact_rows, hk::TokenCompactRowsArgs)
