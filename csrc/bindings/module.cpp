@@ -163,9 +163,9 @@ PYBIND11_MODULE(_C, m) {
                                   py::handle index, py::handle position_ids, py::handle cu_seqlens_out,
                                   py::handle count, int64_t n_rows) {
     const hk_exec e = where(on_cuda, exec);
-    const hk_tensor k = view(keep), c = view(cu_seqlens), i = view(index), p = view(position_ids),
-                    o = view(cu_seqlens_out), n = view(count);
-    run([&] { return hk_token_compact_index(&e, &k, &c, &i, &p, &o, &n, n_rows); });
+    const hk_tensor k = view(keep), i = view(index), p = view(position_ids), o = view(cu_seqlens_out), n = view(count);
+    const OptionalView c(cu_seqlens);
+    run([&] { return hk_token_compact_index(&e, &k, c.get(), &i, &p, &o, &n, n_rows); });
   });
   m.def("token_compact_rows",
         [](bool on_cuda, uintptr_t exec, py::handle x, py::handle index, py::handle out) {

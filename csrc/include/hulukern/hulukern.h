@@ -118,7 +118,7 @@ HK_API int hk_token_score_frames(const hk_exec *exec, const hk_tensor *frames, c
  *   index        [B] i64  kept row numbers, then -1
  *   position_ids [B] i64  place within its sequence, then 0
  *   cu_seqlens_out [S+1] i32 and count [1] i64 (the true K, also when K > B)
- *   cu_seqlens   [S+1] i32: rows of sequence s are cu_seqlens[s] .. cu_seqlens[s+1]
+ *   cu_seqlens   [S+1] i32: rows of sequence s are cu_seqlens[s] .. cu_seqlens[s+1]; NULL is one sequence
  * _rows: out[b] = x[index[b]]; out rows with index -1 are left alone.
  * _rows_backward: grad_x = 0, then grad_x[index[b]] = grad_out[b]. */
 HK_API int hk_token_compact_index(const hk_exec *exec, const hk_tensor *keep, const hk_tensor *cu_seqlens,

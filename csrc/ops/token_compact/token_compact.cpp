@@ -77,6 +77,11 @@ extern "C" int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep
   HK_RETURN_IF_ERROR(check_dense(op, "keep", keep, 1));
   const bool is_mask = keep->dtype == HK_U8;
   if (is_mask) HK_RETURN_IF_ERROR(check_shape(op, "keep", keep, 0, n_rows, "N"));
+  HK_REQUIRE(n_rows >= 0 && n_rows <= INT32_MAX, "%s: n_rows has value %lld, expected 0 to 2^31 - 1", op,
+             (long long)n_rows);
+  const int32_t one_sequence[] = {0, static_cast<int32_t>(n_rows)};
+  const hk_tensor whole = {const_cast<int32_t*>(one_sequence), HK_I32, 1, {2}, {1}};
+  if (cu_seqlens == nullptr) cu_seqlens = &whole;
   HK_RETURN_IF_ERROR(check_cu_seqlens(op, "cu_seqlens", cu_seqlens));
   HK_RETURN_IF_ERROR(check_cu_seqlens(op, "cu_seqlens_out", cu_seqlens_out));
   HK_RETURN_IF_ERROR(check_shape(op, "cu_seqlens_out", cu_seqlens_out, 0, cu_seqlens->shape[0], "S+1"));

@@ -1,0 +1,86 @@
+"""Which code runs an op, and why another does not. A backend is named or chosen by device, never
+swapped silently: what cannot run raises with the reason."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+logger = logging.getLogger("hulukern")
+
+
+class BackendUnavailable(RuntimeError):
+    """The named backend cannot run here; the message says why."""
+
+
+@functools.cache
+def native_error() -> str:
+    """Why the compiled module cannot be used; empty when it can."""
+    try:
+        from hulukern import _C
+    except ImportError as error:
+        return f"the native module is not built ({error}); run `make build`"
+    if _C.abi_version != 1:
+        return f"the native library has ABI version {_C.abi_version}, expected 1; run `make build`"
+    try:
+        _C.cpu_level()
+    except ValueError as error:
+        return str(error)
+    codes = ("uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+    _C.register_dtypes({getattr(torch, name): code for code, name in enumerate(codes)} | {torch.bool: 0})
+    return ""
+
+
+@functools.cache
+def unavailable(backend: str) -> str:
+    """Why ``backend`` cannot run anything on this machine; empty when it can."""
+    if backend == "reference":
+        return ""
+    if backend == "cpu":
+        return native_error()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+        return ""
+    if backend == "cuda":
+        if native_error():
+            return native_error()
+        from hulukern import _C
+
+        if _C.cuda_absent_reason:
+            return f"the library has no CUDA kernels: {_C.cuda_absent_reason}"
+        return "" if torch.cuda.is_available() else "no CUDA device"
+    return f"no such backend, expected one of {', '.join(BACKENDS)}"
+
+
+def runs_on(backend: str, device_type: str) -> bool:
+    """Whether the backend takes tensors of this device type (interpreted Triton takes CPU tensors)."""
+    if backend == "reference":
+        return True
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return device_type == ("cpu" if backend == "cpu" else "cuda")
+
+
+@functools.cache
+def choose(op: str, available: tuple[str, ...], device_type: str) -> str:
+    """The default for a device: native kernels, then Triton, then the reference. Logged once per op."""
+    order = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device_type, ())
+    reasons = []
+    for backend in order:
+        reason = unavailable(backend) if backend in available else f"has no {op}"
+        if not reason:
+            logger.info("%s on %s: backend %s", op, device_type, backend)
+            return backend
+        reasons.append(f"{backend}: {reason}")
+    level = logging.WARNING if reasons else logging.INFO
+    logger.log(level, "%s on %s: backend reference (%s)", op, device_type, "; ".join(reasons) or "no other")
+    return "reference"

@@ -1,0 +1,81 @@
+"""What several ops say the same way: grids, dtype sets, where a CPU kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hulukern.validation import fail
+
+GridTHW = torch.Tensor | Sequence[Sequence[int]]
+
+PIXELS = (torch.uint8,)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def flat_grid_thw(op: str, grid_thw: GridTHW) -> list[int]:
+    """``[G, 3]`` sizes (t, h, w) in patches as one flat list: what the op schemas take.
+
+    A CPU tensor or nested sequence; a tensor on a device is refused, since reading it would stall the
+    stream behind it.
+    """
+    if isinstance(grid_thw, torch.Tensor):
+        if grid_thw.device.type != "cpu":
+            fail(op, "grid_thw", f"device {grid_thw.device}", "cpu: the host must know it without a sync")
+        if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
+            fail(op, "grid_thw", f"{grid_thw.dtype} of shape {list(grid_thw.shape)}", "integers of shape [G, 3]")
+        return [int(size) for row in grid_thw.tolist() for size in row]
+    flat: list[int] = []
+    for row in grid_thw:
+        if len(row) != 3:
+            fail(op, "grid_thw", f"a row of {len(row)} sizes", "rows (t, h, w)")
+        flat.extend(int(size) for size in row)
+    return flat
+
+
+def check_grid(op: str, grid_thw: Sequence[int], merge_size: int, n_patches: int) -> None:
+    """Sizes must be whole cells and add up to the packed patches."""
+    if merge_size < 1:
+        fail(op, "merge_size", f"value {merge_size}", "at least 1")
+    if len(grid_thw) % 3:
+        fail(op, "grid_thw", f"{len(grid_thw)} values", "rows (t, h, w)")
+    total = 0
+    for g in range(0, len(grid_thw), 3):
+        t, h, w = grid_thw[g : g + 3]
+        if min(t, h, w) < 0 or h % merge_size or w % merge_size:
+            fail(op, "grid_thw", f"row {g // 3} = ({t}, {h}, {w})", f"h and w divisible by merge_size={merge_size}")
+        total += t * h * w
+    if total != n_patches:
+        fail(op, "grid_thw", f"{total} patches in all", f"N={n_patches} from patches")
+
+
+def check_frames(op: str, frames: torch.Tensor, patch_size: int, merge_size: int) -> None:
+    """Frames ``[T, H, W, C]`` must be whole cells of ``merge_size`` x ``merge_size`` patches."""
+    if patch_size < 1 or merge_size < 1:
+        fail(op, "patch_size, merge_size", f"values {patch_size}, {merge_size}", "at least 1")
+    side = patch_size * merge_size
+    if frames.shape[1] % side or frames.shape[2] % side:
+        fail(
+            op,
+            "frames",
+            f"H={frames.shape[1]}, W={frames.shape[2]}",
+            f"multiples of patch_size * merge_size = {side}",
+        )
+
+
+def rows_dense(x: torch.Tensor, inner: int) -> torch.Tensor:
+    """``x`` if its trailing ``inner`` dimensions are row-major and dense, else a contiguous copy."""
+    expected = 1
+    for d in range(x.dim() - 1, x.dim() - 1 - inner, -1):
+        if x.shape[d] > 1 and x.stride(d) != expected:
+            return x.contiguous()
+        expected *= x.shape[d]
+    return x
+
+
+def native_target(x: torch.Tensor) -> tuple[bool, int]:
+    """Where a native launcher runs: (on CUDA, its stream) or (False, threads to use)."""
+    if x.is_cuda:
+        return True, torch.cuda.current_stream(x.device).cuda_stream
+    return False, torch.get_num_threads()

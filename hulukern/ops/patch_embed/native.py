@@ -1,0 +1,111 @@
+"""patch_embed on the CPU: cutting and normalising through the C ABI, the product through torch's oneDNN.
+
+Patches pass in blocks of a few thousand rows through one scratch buffer that stays in the cache: the
+embedding is all that reaches memory. Measured against cutting everything first (32x504x504, bf16,
+E 1152, 2 cores): the same time within noise, and 2.4 MB of scratch instead of 49.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hulukern import _C
+from hulukern.ops.common import native_target, rows_dense
+
+BLOCK_ROWS = 2048  # x 588 bf16 = 2.4 MB: the two cores' share of a last-level cache
+
+
+def patch_embed_normalize(
+    patches: torch.Tensor, channels: int, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype
+) -> torch.Tensor:
+    patches = rows_dense(patches, 1)
+    out = torch.empty(patches.shape, dtype=dtype, device=patches.device)
+    _C.patch_embed_normalize(*native_target(patches), patches, out, channels, mean, std)
+    return out
+
+
+def patch_embed_cut(
+    frames: torch.Tensor,
+    patch_size: int,
+    merge_size: int,
+    channels: int,
+    mean: list[float] | None,
+    std: list[float] | None,
+    window: list[int],
+    dtype: torch.dtype,
+    with_scores: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    frames = rows_dense(frames, 2)
+    T, H, W, _ = frames.shape
+    n_patches = T * (H // patch_size) * (W // patch_size)
+    cells = n_patches // merge_size**2 if with_scores else 0
+    patches = torch.empty((n_patches, channels * patch_size**2), dtype=dtype, device=frames.device)
+    scores = torch.empty(cells, dtype=torch.float32, device=frames.device)
+    lo, hi = window or (0, 255)
+    _C.patch_embed_cut(
+        *native_target(frames), frames, None, patches, scores if with_scores else None,
+        patch_size, merge_size, channels, lo, hi, mean, std,
+    )  # fmt: skip
+    return patches, scores
+
+
+def patch_embed(
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    channels: int,
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> torch.Tensor:
+    out = torch.empty((patches.shape[0], weight.shape[0]), dtype=weight.dtype, device=weight.device)
+    if patches.dtype != torch.uint8:
+        return _project(patches.to(weight.dtype), weight, bias, out)
+    patches = rows_dense(patches, 1)
+    scratch = torch.empty((min(BLOCK_ROWS, patches.shape[0]), patches.shape[1]), dtype=weight.dtype)
+    target = native_target(patches)
+    for start in range(0, patches.shape[0], BLOCK_ROWS):
+        block = patches[start : start + BLOCK_ROWS]
+        x = scratch[: block.shape[0]]
+        _C.patch_embed_normalize(*target, block, x, channels, mean, std)
+        _project(x, weight, bias, out[start : start + BLOCK_ROWS])
+    return out
+
+
+def patch_embed_frames(
+    frames: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    patch_size: int,
+    merge_size: int,
+    mean: list[float] | None,
+    std: list[float] | None,
+    window: list[int],
+    with_scores: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    frames = rows_dense(frames, 2)
+    T, H, W, _ = frames.shape
+    per_frame = (H // patch_size) * (W // patch_size)
+    channels = weight.shape[1] // patch_size**2
+    cells = per_frame // merge_size**2
+    out = torch.empty((T * per_frame, weight.shape[0]), dtype=weight.dtype, device=frames.device)
+    scores = torch.empty(T * cells if with_scores else 0, dtype=torch.float32, device=frames.device)
+    step = max(1, BLOCK_ROWS // max(per_frame, 1))  # frames a block
+    scratch = torch.empty((min(step, T) * per_frame, weight.shape[1]), dtype=weight.dtype)
+    target = native_target(frames)
+    lo, hi = window or (0, 255)
+    for t in range(0, T, step):
+        block = frames[t : t + step]
+        x = scratch[: block.shape[0] * per_frame]
+        _C.patch_embed_cut(
+            *target, block, frames[t - 1] if t else None, x,
+            scores[t * cells : (t + block.shape[0]) * cells] if with_scores else None,
+            patch_size, merge_size, channels, lo, hi, mean, std,
+        )  # fmt: skip
+        _project(x, weight, bias, out[t * per_frame : (t + block.shape[0]) * per_frame])
+    return out, scores
+
+
+def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
