@@ -22,7 +22,7 @@ def patch_embed_normalize(
 ) -> torch.Tensor:  # [N, L] dtype
     if mean is None:
         return patches.to(dtype)
-    planes = patches.reshape(patches.shape[0], channels, -1)
+    planes = patches.unflatten(1, (channels, patches.shape[1] // channels))
     unit = planes.to(torch.promote_types(dtype, torch.float32)) / 255
     return normalize(unit.movedim(1, -1), mean, std).movedim(-1, 1).reshape(patches.shape).to(dtype)
 
