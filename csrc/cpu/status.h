@@ -32,4 +32,7 @@ int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, i
 // The trailing `inner` dimensions must be dense (row-major, last stride 1).
 int check_dense(const char* op, const char* name, const hk_tensor* t, int inner);
 
+// Threads for work that touches `bytes`: one below 128 KB, which a core does in the 5 us a fork costs.
+inline int32_t threads_for(const hk_exec* exec, int64_t bytes) { return bytes < (1 << 17) ? 1 : exec->num_threads; }
+
 }  // namespace hk

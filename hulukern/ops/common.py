@@ -66,6 +66,8 @@ def check_frames(op: str, frames: torch.Tensor, patch_size: int, merge_size: int
 
 def rows_dense(x: torch.Tensor, inner: int) -> torch.Tensor:
     """``x`` if its trailing ``inner`` dimensions are row-major and dense, else a contiguous copy."""
+    if x.is_contiguous():
+        return x
     expected = 1
     for d in range(x.dim() - 1, x.dim() - 1 - inner, -1):
         if x.shape[d] > 1 and x.stride(d) != expected:

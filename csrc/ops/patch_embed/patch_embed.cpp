@@ -56,7 +56,7 @@ extern "C" int hk_patch_embed_normalize(const hk_exec* exec, const hk_tensor* pa
   args.plane = patches->shape[1] / options->channels;
   args.patch_stride = patches->stride[0];
   args.out_stride = out->stride[0];
-  args.num_threads = exec->num_threads;
+  args.num_threads = threads_for(exec, args.N * patches->shape[1] * dtype_size(out->dtype));
   return HK_DISPATCH_CPU(patch_embed_normalize, args);
 }
 
@@ -132,7 +132,7 @@ extern "C" int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, 
   args.score.view = frame_cells(*frames, side);
   args.score.n_windows = 1;
   args.score.windows[0] = frames->dtype == HK_U8 ? u8_window(args.score.view) : i16_window(args.score.view, o.lo, o.hi);
-  args.num_threads = exec->num_threads;
+  args.num_threads = threads_for(exec, patches->shape[0] * patches->shape[1] * dtype_size(patches->dtype));
   if (HK_DISPATCH_CPU(patch_embed_cut, args) == HK_OUT_OF_MEMORY)
     return fail(HK_OUT_OF_MEMORY, "%s: a row of %lld values could not be allocated", op, (long long)(W * C));
   return HK_OK;

@@ -159,8 +159,7 @@ template <class Out>
 int normalize(const hk::PatchEmbedNormalizeArgs& a) {
   Table<Out> table;
   fill(table, a.norm);
-  const int threads = a.N * a.plane * a.norm.channels < (1 << 16) ? 1 : a.num_threads;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
   for (int64_t n = 0; n < a.N; ++n)
     for (int c = 0; c < a.norm.channels; ++c)
       normalise_row(static_cast<Out*>(a.out) + n * a.out_stride + c * a.plane,

@@ -57,7 +57,7 @@ static int copy_rows(const char* op, const hk_exec* exec, const hk_tensor* from,
                                to->stride[0] * size,
                                gather ? 0 : to->shape[0],
                                gather,
-                               exec->num_threads};
+                               threads_for(exec, (gather ? index->shape[0] : n) * from_bytes)};
   if (from_bytes == 0) return HK_OK;
   return HK_DISPATCH_CPU(token_compact_rows, args);
 }

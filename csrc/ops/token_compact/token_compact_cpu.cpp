@@ -40,13 +40,11 @@ int token_compact_index(const TokenCompactIndexArgs& a) {
 }
 
 int token_compact_rows(const TokenCompactRowsArgs& a) {
-  // Small copies stay on the calling thread: a fork costs about 5 us.
-  const int threads = (a.gather ? a.bound : a.n_to) * a.row_bytes < (1 << 17) ? 1 : a.num_threads;
   if (!a.gather) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
     for (int64_t n = 0; n < a.n_to; ++n) memset(a.to + n * a.to_stride, 0, static_cast<size_t>(a.row_bytes));
   }
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
   for (int64_t b = 0; b < a.bound; ++b) {
     const int64_t n = a.index[b];
     if (n < 0) continue;

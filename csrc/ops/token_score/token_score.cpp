@@ -87,7 +87,7 @@ extern "C" int hk_token_score(const hk_exec* exec, const hk_tensor* patches, con
     args.kept = reference == HK_KEPT;
     args.threshold = threshold;
     args.scores = static_cast<float*>(scores->data) + row / per_cell;
-    args.num_threads = exec->num_threads;
+    args.num_threads = threads_for(exec, t * cells * per_cell * L * dtype_size(dtype));
     HK_RETURN_IF_ERROR(run(exec, op, args));
     row += t * cells * per_cell;
   }
@@ -132,6 +132,6 @@ extern "C" int hk_token_score_frames(const hk_exec* exec, const hk_tensor* frame
   args.kept = reference == HK_KEPT;
   args.threshold = threshold;
   args.scores = static_cast<float*>(scores->data);
-  args.num_threads = exec->num_threads;
+  args.num_threads = threads_for(exec, frames->shape[0] * H * W * frames->shape[3] * dtype_size(frames->dtype));
   return run(exec, op, args);
 }

@@ -81,7 +81,8 @@ def _check_embed_frames(arguments: Arguments, letters: dict[str, int]) -> None:
     op = "patch_embed_frames"
     _check_weight_dtype(op, arguments)
     check_frames(op, arguments["frames"], arguments["patch_size"], arguments["merge_size"])
-    channels, rest = divmod(letters["L"], arguments["patch_size"] ** 2)
+    area = arguments["patch_size"] ** 2
+    channels, rest = letters["L"] // area, letters["L"] % area
     if rest or letters["C"] not in (1, channels):
         fail(
             op, "weight", f"shape {list(arguments['weight'].shape)}",

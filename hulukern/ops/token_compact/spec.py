@@ -76,7 +76,7 @@ TOKEN_COMPACT = Op(
     name="token_compact",
     summary="kept rows, ids, positions, labels, cu_seqlens and count, stable",
     schema=(
-        "(Tensor keep, Tensor[] tensors, Tensor? cu_seqlens, int n_rows, int? bound, int[] fill)"
+        "(Tensor keep, Tensor[] tensors, Tensor? cu_seqlens, SymInt n_rows, SymInt? bound, int[] fill)"
         " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)"
     ),
     tensors=(
@@ -116,7 +116,7 @@ TOKEN_COMPACT = Op(
 TOKEN_COMPACT_BACKWARD = Op(
     name="token_compact_backward",
     summary="gradient of token_compact: kept rows back to their places, zero elsewhere",
-    schema="(Tensor grad, Tensor index, int n_rows) -> Tensor",
+    schema="(Tensor grad, Tensor index, SymInt n_rows) -> Tensor",
     tensors=(
         TensorArg("grad", "B ...", (*FLOATS, torch.float64), "gradient of the kept rows"),
         TensorArg("index", "B", (torch.int64,), "where they came from; -1 is padding"),

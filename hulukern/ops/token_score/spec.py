@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hulukern.ops.common import FLOATS, PIXELS, check_frames, check_grid
+from hulukern.ops.token_score import reference as reference_impl
 from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
 from hulukern.validation import fail
 
@@ -100,7 +101,9 @@ def _reduction(arguments: Arguments) -> int:
 
 
 def _plain(patches: Any, grid_thw: list[int], merge_size: int, reference: str, threshold: float) -> torch.Tensor:
-    """The released formulation, in the patches' own dtype; only 'previous' needs a tolerance baseline."""
+    """The released formulation, in the patches' own dtype."""
+    if reference == "kept":
+        return reference_impl.token_score(patches, grid_thw, merge_size, reference, threshold)
     parts, row = [], 0
     for t, h, w in zip(grid_thw[::3], grid_thw[1::3], grid_thw[2::3], strict=True):
         clip = patches[row : row + t * h * w].reshape(t, h * w // merge_size**2, -1) if t * h * w else None
