@@ -85,7 +85,11 @@ class RegisteredOp:
 
     def __call__(self, *arguments: Any) -> Any:
         """The eager kernel behind the dispatcher: check, then run the backend named last."""
-        signature = self._signature(arguments)
+        try:
+            signature = self._signature(arguments)
+        except AttributeError:  # None where a tensor must be: the check says so
+            self.check(arguments[:-1])
+            raise
         function = self._resolved.get(signature)
         if function is None:
             inputs = arguments[:-1]

@@ -55,7 +55,7 @@ class BadCall:
 
     name: str
     change: Callable[[Arguments], Arguments]
-    error: type[Exception] | tuple[type[Exception], ...]
+    error: type[Exception]
     says: tuple[str, ...]
 
 

@@ -33,7 +33,7 @@ static int copy_rows(const char* op, const hk_exec* exec, const hk_tensor* from,
                      const hk_tensor* to, const char* to_name, const hk_tensor* index, bool gather) {
   HK_RETURN_IF_ERROR(check_cpu(op, exec));
   HK_RETURN_IF_ERROR(check_i64(op, "index", index));
-  int64_t from_bytes, to_bytes;
+  int64_t from_bytes = 0, to_bytes = 0;
   HK_RETURN_IF_ERROR(check_rows(op, from_name, from, &from_bytes));
   HK_RETURN_IF_ERROR(check_rows(op, to_name, to, &to_bytes));
   HK_REQUIRE(from->dtype == to->dtype, "%s: %s has dtype %s, expected %s as %s", op, to_name, dtype_name(to->dtype),

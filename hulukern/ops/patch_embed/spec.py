@@ -313,7 +313,7 @@ _WEIGHT_BAD = (
     ),
     BadCall("bias_shape", lambda a: {**a, "bias": a["bias"][1:]}, ValueError, ("bias", "E=")),
     BadCall("weight_int", lambda a: {**a, "weight": a["weight"].int()}, TypeError, ("weight", "int32", "bfloat16")),
-    BadCall("weight_none", lambda a: {**a, "weight": None}, (TypeError, RuntimeError), ("weight",)),
+    BadCall("weight_none", lambda a: {**a, "weight": None}, TypeError, ("weight", "NoneType", "torch.Tensor")),
     BadCall("bias_dtype", lambda a: {**a, "bias": a["bias"].to(torch.float64)}, TypeError, ("bias", "float64")),
 )
 

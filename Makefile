@@ -1,0 +1,51 @@
+# Every target sets up what it needs, once: a virtual environment in .venv and the native build.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# cmake, ninja and the linters of the environment, before those of the machine
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py hulukern/_version.py
+# A compiler that comes or goes is a reason to configure again.
+NVCC := $(shell command -v nvcc)
+
+.PHONY: bench test lint format build clean
+bench: $(VENV)/build.stamp
+	$(PY) -m bench quick
+
+test: $(VENV)/build.stamp
+	$(PY) -m pytest
+
+build: $(VENV)/build.stamp
+
+lint: $(VENV)/build.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/build.stamp
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+$(VENV)/deps.stamp: pyproject.toml constraints.txt
+	@echo "hulukern: setting up $(VENV), once"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools cmake ninja pybind11 torch
+	@echo "hulukern: building the native library and installing what tests and benchmarks use"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(VENV)/nvcc.stamp: $(VENV)/deps.stamp FORCE
+	@echo "$(NVCC)" | cmp -s - $@ || { rm -rf build/py*; echo "$(NVCC)" > $@; }
+
+$(VENV)/build.stamp: $(VENV)/deps.stamp $(VENV)/nvcc.stamp $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@$(PY) -c "from hulukern import _C; print('hulukern: CUDA', _C.cuda_archs or 'absent: ' + _C.cuda_absent_reason)"
+	@touch $@
+
+.PHONY: FORCE
+FORCE:
+
+clean:
+	rm -rf build hulukern/_C.* hulukern/lib hulukern/include bench/out $(VENV)/build.stamp

@@ -1,0 +1,198 @@
+"""The package as a whole: what importing costs and touches, env report, C ABI, CPU levels, dispatch."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hulukern
+from hulukern.env import openmp_libraries, report
+from hulukern.testing import harness
+
+PACKAGE = Path(hulukern.__file__).parent
+
+
+def run_python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_no_heavy_package_and_no_kernels() -> None:
+    loaded = json.loads(run_python("import torch, hulukern, sys, json; print(json.dumps(list(sys.modules)))"))
+    assert not {"triton", "transformers", "cupy", "matplotlib", "hulukern._C"} & set(loaded)
+
+
+def test_one_openmp_runtime_is_shared_or_the_second_is_told_its_threads() -> None:
+    """On torch's CPU wheel the two share one libgomp; elsewhere every region names its thread count."""
+    hulukern.token_score_frames(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), backend="cpu")
+    gomp = [p for p in openmp_libraries() if "libgomp" in p]
+    assert len(gomp) <= 1, gomp
+    for path in (Path(__file__).parents[1] / "csrc").rglob("*_cpu.cpp"):
+        text = path.read_text()
+        assert text.count("#pragma omp parallel") == text.count("num_threads("), path
+
+
+def test_env_report_says_why_a_backend_does_not_work() -> None:
+    data = report()
+    assert set(data["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert data["backends"]["cpu"] == "works"
+    assert all(data["backends"].values())
+    text = subprocess.run([sys.executable, "-m", "hulukern.env"], capture_output=True, text=True, check=True).stdout
+    assert "token_score" in text
+    assert torch.__version__ in text
+    assert json.loads(run_python("import hulukern.env, sys; hulukern.env.main(['--json'])"))["backends"]
+
+
+LEVEL_PROBE = """
+import hashlib, torch, hulukern
+import torch.utils._pytree as pytree
+from hulukern import _C
+from hulukern.testing import harness
+torch.set_num_threads({threads})
+digest = hashlib.sha256()
+for op in (o.spec for o in hulukern.OPS.values()):
+    for case in op.cases:
+        for dtype in op.dtypes:
+            if "weight" in [t.name for t in op.tensors]:
+                continue  # the product is torch's
+            for y in pytree.tree_leaves(harness.call(op, harness.sample(op, case, dtype, "cpu"), "cpu")):
+                digest.update(y.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+frames = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+for y in hulukern.patch_embed_cut(frames, dtype=torch.bfloat16, with_scores=True, backend="cpu"):
+    digest.update(y.view(-1).view(torch.uint8).numpy().tobytes())
+print(_C.cpu_level(), digest.hexdigest())
+"""
+
+
+def test_every_cpu_level_and_thread_count_gives_the_same_bits() -> None:
+    best = run_python(LEVEL_PROBE.format(threads=2)).split()
+    levels = ["baseline", "avx2", "avx512"]
+    for level in levels[: levels.index(best[0]) + 1]:
+        for threads in (1, 3):
+            got = run_python(LEVEL_PROBE.format(threads=threads), HULUKERN_CPU_LEVEL=level).split()
+            assert got == [level, best[1]], f"{level} with {threads} threads"
+
+
+def test_an_unknown_cpu_level_is_refused_with_the_reason() -> None:
+    code = (
+        "import torch, hulukern\n"
+        "try: hulukern.token_score_frames(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), backend='cpu')\n"
+        "except hulukern.BackendUnavailable as e: print(e)"
+    )
+    assert 'HULUKERN_CPU_LEVEL has "sse9", expected baseline' in run_python(code, HULUKERN_CPU_LEVEL="sse9")
+
+
+def test_the_library_is_callable_from_c(tmp_path: Path) -> None:
+    """ctypes knows neither torch nor Python's C API: a float compaction and a refused call."""
+    library = ctypes.CDLL(str(PACKAGE / "lib" / "libhulukern.so"))
+
+    class Tensor(ctypes.Structure):
+        _fields_ = [
+            ("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("ndim", ctypes.c_int32),
+            ("shape", ctypes.c_int64 * 5), ("stride", ctypes.c_int64 * 5),
+        ]  # fmt: skip
+
+    class Exec(ctypes.Structure):
+        _fields_ = [("device", ctypes.c_int32), ("num_threads", ctypes.c_int32), ("stream", ctypes.c_void_p)]
+
+    def view(buffer: ctypes.Array, dtype: int, *shape: int) -> Tensor:  # type: ignore[type-arg]
+        t = Tensor(ctypes.cast(buffer, ctypes.c_void_p), dtype, len(shape))
+        stride = 1
+        for d in reversed(range(len(shape))):
+            t.shape[d], t.stride[d] = shape[d], stride
+            stride *= shape[d]
+        return t
+
+    x, out = (ctypes.c_float * 6)(0, 1, 2, 3, 4, 5), (ctypes.c_float * 4)()
+    index = (ctypes.c_int64 * 2)(0, 2)
+    where = Exec(0, 1, None)
+    views = [view(x, 6, 3, 2), view(index, 3, 2), view(out, 6, 2, 2)]
+    assert library.hk_token_compact_rows(ctypes.byref(where), *map(ctypes.byref, views)) == 0
+    assert list(out) == [0, 1, 4, 5]
+    index[1] = 3
+    assert library.hk_token_compact_rows(ctypes.byref(where), *map(ctypes.byref, views)) == 1
+    library.hk_last_error.restype = ctypes.c_char_p
+    assert library.hk_last_error() == b"token_compact: index has value 3 at 1, expected -1 or below N=3"
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_the_dispatcher_sees_every_call() -> None:
+    """The short cut for plain calls must not hide ops from modes, profilers, fake tensors or autograd."""
+    frames = torch.randint(0, 256, (3, 28, 28, 3), dtype=torch.uint8)
+    for _ in range(2):
+        hulukern.token_score_frames(frames)  # now the short cut is open
+    with _Seen() as seen:
+        hulukern.token_score_frames(frames)
+    assert "hulukern.token_score_frames.default" in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        hulukern.token_score_frames(frames)
+    assert "hulukern::token_score_frames" in [event.key for event in profile.key_averages()]
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert hulukern.token_score_frames(mode.from_tensor(frames)).shape == (3,)
+    weight = torch.randn(8, 588, requires_grad=True)
+    patches = torch.randn(4, 588)
+    with torch.no_grad():
+        for _ in range(2):
+            assert not hulukern.patch_embed(patches, weight).requires_grad
+    assert hulukern.patch_embed(patches, weight).requires_grad
+
+
+def test_new_values_under_the_same_shapes_are_still_checked() -> None:
+    keep = torch.tensor([0, 2])
+    rows = torch.randn(3, 2)
+    hulukern.token_compact(keep, rows, backend="cpu")
+    keep[1] = 3
+    with pytest.raises(ValueError, match="token_compact: keep has row 3 at 1, expected strictly increasing rows below"):
+        hulukern.token_compact(keep, rows, backend="cpu")
+    ends = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens has ends 0 .. 2, expected 0 .. N=3"):
+        hulukern.token_compact(torch.ones(3, dtype=torch.bool), rows, cu_seqlens=ends, backend="cpu")
+
+
+@pytest.mark.parametrize("grid", [[(1, 2)], torch.zeros(2, 2), "abc"])
+def test_grids_of_the_wrong_form_are_named(grid: object) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"grid_thw|invalid literal"):
+        hulukern.token_score(torch.zeros(4, 12), grid, backend="cpu")  # type: ignore[arg-type]
+
+
+def test_folding_the_normalisation_is_the_same_up_to_rounding() -> None:
+    pixels = torch.randint(0, 256, (20, 588), dtype=torch.uint8)
+    weight, bias = torch.randn(16, 588, dtype=torch.float64) / 24, torch.randn(16, dtype=torch.float64)
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
+    expected = hulukern.patch_embed(pixels, weight.float(), bias.float(), mean=mean, std=std, backend="cpu")
+    folded = hulukern.fold_normalization(weight, bias, mean, std)
+    got = hulukern.patch_embed(pixels, *(x.float() for x in folded), backend="cpu")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_convolution_weight_is_accepted_and_equal() -> None:
+    frames = torch.randint(0, 256, (2, 28, 56, 3), dtype=torch.uint8)
+    conv = torch.nn.Conv2d(3, 24, 14, 14)
+    got = hulukern.patch_embed_frames(frames, conv.weight, conv.bias, merge_size=1, backend="cpu")
+    x = ((frames.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
+    torch.testing.assert_close(got, conv(x).permute(0, 2, 3, 1).reshape(-1, 24), rtol=1e-4, atol=1e-5)
+
+
+def test_inductor_compiles_an_op_into_a_graph() -> None:
+    op = hulukern.OPS["patch_embed_frames"].spec
+    harness.check_compile(op, op.cases[0], torch.float32, "cpu", "cpu", "inductor")
