@@ -105,15 +105,16 @@ def prune_frames(
     require(std > 0, op, "std", f"value {std}", "above 0")
     if frames.dtype == torch.int16 and rule in ("released", "videollama3"):
         fail(op, "frames", "dtype int16", f"uint8 for rule {rule!r}")
-    score = _Scorer(
-        lambda reference, steps: token_score_frames(
+
+    def run(reference: str, steps: float) -> torch.Tensor:
+        return token_score_frames(
             frames, patch_size=patch_size, merge_size=merge_size, windows=windows, reference=reference,
             threshold=steps, backend=backend,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+
     if scores is None or rule == "bounded":
         require(scores is None, op, "scores", "a tensor", "None: rule 'bounded' compares with kept versions")
-        scores = score.of(rule, chosen.threshold, 255 * std)
+        scores = _scores(run, rule, chosen.threshold, 255 * std)
     T, cells = frames.shape[0], scores.numel() // max(frames.shape[0], 1)
     expected = (frames.shape[1] // (patch_size * merge_size)) * (frames.shape[2] // (patch_size * merge_size))
     require(scores.shape == (T * expected,), op, "scores", f"shape {list(scores.shape)}", f"[{T * expected}]")
@@ -163,7 +164,9 @@ def prune_patches(
     sizes = flat_grid_thw(op, grid_thw)
     grids = list(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
     merges = [merge_size] * len(grids) if isinstance(merge_size, int) else [int(m) for m in merge_size]
-    require(len(merges) == len(grids), op, "merge_size", f"{len(merges)} values", f"one, or one for each of {len(grids)}")
+    require(
+        len(merges) == len(grids), op, "merge_size", f"{len(merges)} values", f"one, or one for each of {len(grids)}"
+    )
     kinds = ["video"] * len(grids) if modals is None else list(modals)
     require(
         len(kinds) == len(grids) and set(kinds) <= {"image", "video"},
@@ -177,12 +180,13 @@ def prune_patches(
     for (t, h, w), m, kind in zip(grids, merges, kinds, strict=True):
         clip = patches[row : row + t * h * w]
         row += t * h * w
-        score = _Scorer(
-            lambda reference, limit, clip=clip, grid=(t, h, w), m=m: token_score(
-                clip, [grid], merge_size=m, reference=reference, threshold=limit, backend=backend
-            )
-        )
-        scores = score.of(rule, chosen.threshold, steps)
+
+        def run(
+            reference: str, limit: float, clip: torch.Tensor = clip, grid: tuple[int, ...] = (t, h, w), m: int = m
+        ) -> torch.Tensor:
+            return token_score(clip, [grid], merge_size=m, reference=reference, threshold=limit, backend=backend)
+
+        scores = _scores(run, rule, chosen.threshold, steps)
         if kind == "image":
             scores = torch.full_like(scores, float("inf"))
         all_scores.append(scores)
@@ -321,9 +325,7 @@ class _Chosen:
     keep: int | float
 
 
-def _options(
-    op: str, rule: str, threshold: float | None, min_tokens: int | None, keep: int | float | None
-) -> _Chosen:
+def _options(op: str, rule: str, threshold: float | None, min_tokens: int | None, keep: int | float | None) -> _Chosen:
     if rule not in RULES:
         fail(op, "rule", f"value {rule!r}", "one of " + ", ".join(map(repr, RULES)))
     known = RULES[rule]
@@ -341,14 +343,11 @@ def _options(
     return _Chosen(rule, limit, fill, 0 if keep is None else keep)
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """Scores of one clip: ``run(reference, threshold in the score's unit)``."""
-
-    run: Callable[[str, float], torch.Tensor]
-
-    def of(self, rule: str, threshold: float, steps: float) -> torch.Tensor:
-        return self.run("kept" if rule == "bounded" else "previous", threshold * steps if rule == "bounded" else 0.0)
+def _scores(run: Callable[[str, float], torch.Tensor], rule: str, threshold: float, steps: float) -> torch.Tensor:
+    """Of one clip; ``run`` takes the reference and the threshold in the score's own unit."""
+    if rule == "bounded":
+        return run("kept", threshold * steps)
+    return run("previous", 0.0)
 
 
 def _apply(

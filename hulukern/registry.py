@@ -153,7 +153,7 @@ def _watchers() -> tuple[Callable[[], Any], ...] | None:
             torch._C._len_torch_function_stack,
             torch._C._functorch.peek_interpreter_stack,
             torch._C._get_tracing_state,
-            torch.autograd._profiler_enabled,
+            torch._C._autograd._profiler_enabled,
         )
     except AttributeError:
         return None
@@ -197,9 +197,7 @@ def register(
     checked_fake.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
     torch.library.register_fake(f"hulukern::{spec.name}", checked_fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"hulukern::{spec.name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"hulukern::{spec.name}", backward, setup_context=setup_context, lib=LIBRARY)
     overload = getattr(torch.ops.hulukern, spec.name).default
     is_plain = _is_plain_of(spec)
 

@@ -72,13 +72,17 @@ def test_backends_allocate_with_torch_empty_only() -> None:
     """The harness poisons what torch.empty returns; another allocation would hide an unwritten element."""
     for path in (ROOT / "hulukern/ops").rglob("*.py"):
         if path.name in ("native.py", "triton_kernels.py"):
-            found = re.findall(r"(?<!tl)\.(zeros|ones|full|empty_like|zeros_like|new_empty|new_zeros)\(", path.read_text())
+            found = re.findall(
+                r"(?<!tl)\.(zeros|ones|full|empty_like|zeros_like|new_empty|new_zeros)\(", path.read_text()
+            )
             assert not found, f"{path}: {found}"
 
 
 def test_the_header_compiles_alone_as_c(tmp_path: Path) -> None:
     program = tmp_path / "alone.c"
-    program.write_text('#include "hulukern/hulukern.h"\nint main(void) { return hk_abi_version() != HK_ABI_VERSION; }\n')
+    program.write_text(
+        '#include "hulukern/hulukern.h"\nint main(void) { return hk_abi_version() != HK_ABI_VERSION; }\n'
+    )
     command = ["cc", "-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only", f"-I{ROOT}/csrc/include"]
     subprocess.run([*command, str(program)], check=True)
 

@@ -31,7 +31,7 @@ def clip(T: int = 6, H: int = 56, W: int = 84, C: int = 3, noise: float = 6.0, s
 
 def merge_block(frames: torch.Tensor, merge: int = 2, patch: int = 14) -> torch.Tensor:
     """Written out again on purpose, with one loop per level: the order the goldens are in."""
-    T, H, W, C = frames.shape
+    T, H, W, _C = frames.shape
     rows = []
     for t in range(T):
         for hb in range(H // (patch * merge)):
@@ -242,17 +242,17 @@ def test_zero_frames_and_empty_packs_are_empty_not_errors() -> None:
 
 
 BAD = {
-    "rule": (dict(rule="best"), "rule has value 'best', expected one of 'released'"),
-    "threshold": (dict(rule="bounded", threshold=-0.1), "threshold has value -0.1, expected at least 0"),
-    "threshold_nan": (dict(rule="previous", threshold=float("nan")), "threshold has value nan"),
-    "over_budget": (dict(rule="budget", keep=37), "keep has 37 tokens, expected 0 to N=36"),
-    "share": (dict(rule="budget", keep=1.5), "keep has share 1.5, expected 0.0 to 1.0"),
-    "no_keep": (dict(rule="budget"), "keep has value None"),
-    "keep_elsewhere": (dict(rule="previous", keep=3), "keep has value 3, expected None"),
-    "threshold_of_budget": (dict(rule="budget", keep=3, threshold=0.1), "threshold has value 0.1, expected None"),
-    "min_tokens_of_bounded": (dict(rule="bounded", min_tokens=1), "min_tokens has value 1, expected None"),
-    "std": (dict(rule="previous", std=0.0), "std has value 0.0, expected above 0"),
-    "not_divisible": (dict(rule="previous", patch_size=13), "expected multiples of patch_size"),
+    "rule": ({"rule": "best"}, "rule has value 'best', expected one of 'released'"),
+    "threshold": ({"rule": "bounded", "threshold": -0.1}, "threshold has value -0.1, expected at least 0"),
+    "threshold_nan": ({"rule": "previous", "threshold": float("nan")}, "threshold has value nan"),
+    "over_budget": ({"rule": "budget", "keep": 37}, "keep has 37 tokens, expected 0 to N=36"),
+    "share": ({"rule": "budget", "keep": 1.5}, "keep has share 1.5, expected 0.0 to 1.0"),
+    "no_keep": ({"rule": "budget"}, "keep has value None"),
+    "keep_elsewhere": ({"rule": "previous", "keep": 3}, "keep has value 3, expected None"),
+    "threshold_of_budget": ({"rule": "budget", "keep": 3, "threshold": 0.1}, "threshold has value 0.1, expected None"),
+    "min_tokens_of_bounded": ({"rule": "bounded", "min_tokens": 1}, "min_tokens has value 1, expected None"),
+    "std": ({"rule": "previous", "std": 0.0}, "std has value 0.0, expected above 0"),
+    "not_divisible": ({"rule": "previous", "patch_size": 13}, "expected multiples of patch_size"),
 }
 
 

@@ -86,8 +86,12 @@ void run(Launch launch) {
 }
 
 // A CPU call passes its thread count, a CUDA call its stream; `where` is one of the two.
-hk_exec cpu(int num_threads) { return {HK_CPU, num_threads, nullptr}; }
-hk_exec cuda(uintptr_t stream) { return {HK_CUDA, 1, reinterpret_cast<void*>(stream)}; }
+hk_exec cpu(int num_threads) {
+  return {HK_CPU, num_threads, nullptr};
+}
+hk_exec cuda(uintptr_t stream) {
+  return {HK_CUDA, 1, reinterpret_cast<void*>(stream)};
+}
 hk_exec where(bool on_cuda, uintptr_t threads_or_stream) {
   return on_cuda ? cuda(threads_or_stream) : cpu(static_cast<int>(threads_or_stream));
 }
@@ -119,24 +123,23 @@ PYBIND11_MODULE(_C, m) {
     for (auto item : codes) dtype_codes()[item.first.inc_ref().ptr()] = item.second.cast<int32_t>();
   });
 
-  m.def("patch_embed_normalize",
-        [](bool on_cuda, uintptr_t exec, py::handle patches, py::handle out, int channels, const Floats& mean,
-           const Floats& std_dev) {
-          const hk_exec e = where(on_cuda, exec);
-          const hk_tensor p = view(patches), o = view(out);
-          const hk_cut_options options = cut_options("patch_embed", 1, 1, channels, 0, 0, mean, std_dev);
-          run([&] { return hk_patch_embed_normalize(&e, &p, &o, &options); });
-        });
-  m.def("patch_embed_cut", [](bool on_cuda, uintptr_t exec, py::handle frames, py::handle previous, py::handle patches,
-                              py::handle scores, int patch_size, int merge_size, int channels, int lo, int hi,
-                              const Floats& mean, const Floats& std_dev) {
+  m.def("patch_embed_normalize", [](bool on_cuda, uintptr_t exec, py::handle patches, py::handle out, int channels,
+                                    const Floats& mean, const Floats& std_dev) {
     const hk_exec e = where(on_cuda, exec);
-    const hk_tensor f = view(frames), p = view(patches);
-    const OptionalView before(previous), s(scores);
-    const hk_cut_options options =
-        cut_options("patch_embed_cut", patch_size, merge_size, channels, lo, hi, mean, std_dev);
-    run([&] { return hk_patch_embed_cut(&e, &f, before.get(), &p, s.get(), &options); });
+    const hk_tensor p = view(patches), o = view(out);
+    const hk_cut_options options = cut_options("patch_embed", 1, 1, channels, 0, 0, mean, std_dev);
+    run([&] { return hk_patch_embed_normalize(&e, &p, &o, &options); });
   });
+  m.def("patch_embed_cut",
+        [](bool on_cuda, uintptr_t exec, py::handle frames, py::handle previous, py::handle patches, py::handle scores,
+           int patch_size, int merge_size, int channels, int lo, int hi, const Floats& mean, const Floats& std_dev) {
+          const hk_exec e = where(on_cuda, exec);
+          const hk_tensor f = view(frames), p = view(patches);
+          const OptionalView before(previous), s(scores);
+          const hk_cut_options options =
+              cut_options("patch_embed_cut", patch_size, merge_size, channels, lo, hi, mean, std_dev);
+          run([&] { return hk_patch_embed_cut(&e, &f, before.get(), &p, s.get(), &options); });
+        });
 
   m.def("token_score", [](bool on_cuda, uintptr_t exec, py::handle patches, py::handle scores,
                           const std::vector<int64_t>& grid_thw, int merge_size, int reference, float threshold) {
@@ -167,12 +170,11 @@ PYBIND11_MODULE(_C, m) {
     const OptionalView c(cu_seqlens);
     run([&] { return hk_token_compact_index(&e, &k, c.get(), &i, &p, &o, &n, n_rows); });
   });
-  m.def("token_compact_rows",
-        [](bool on_cuda, uintptr_t exec, py::handle x, py::handle index, py::handle out) {
-          const hk_exec e = where(on_cuda, exec);
-          const hk_tensor from = view(x), i = view(index), to = view(out);
-          run([&] { return hk_token_compact_rows(&e, &from, &i, &to); });
-        });
+  m.def("token_compact_rows", [](bool on_cuda, uintptr_t exec, py::handle x, py::handle index, py::handle out) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor from = view(x), i = view(index), to = view(out);
+    run([&] { return hk_token_compact_rows(&e, &from, &i, &to); });
+  });
   m.def("token_compact_rows_backward",
         [](bool on_cuda, uintptr_t exec, py::handle grad_out, py::handle index, py::handle grad_x) {
           const hk_exec e = where(on_cuda, exec);

@@ -7,15 +7,33 @@
 
 namespace {
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-inline uint32_t as_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-inline float as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+inline uint32_t as_bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+inline float as_float(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
 
-inline float to_float(float x) { return x; }
-inline float to_float(uint8_t x) { return static_cast<float>(x); }
-inline float to_float(bf16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(float x) {
+  return x;
+}
+inline float to_float(uint8_t x) {
+  return static_cast<float>(x);
+}
+inline float to_float(bf16 x) {
+  return as_float(static_cast<uint32_t>(x.bits) << 16);
+}
 inline float to_float(f16 x) {
   // Shift exponent and mantissa into place and scale by 2^112; 2^16 and above were inf or NaN.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
@@ -24,15 +42,21 @@ inline float to_float(f16 x) {
   return as_float(u | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-template <class T> inline T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> inline bf16 from_float<bf16>(float x) {
+template <class T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {
   const uint32_t u = as_bits(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const uint32_t nan = (u >> 16) | 0x40u;
   return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
 }
-template <> inline f16 from_float<f16>(float x) {
+template <>
+inline f16 from_float<f16>(float x) {
   const uint32_t u = as_bits(x), magnitude = u & 0x7fffffffu, sign = (u >> 16) & 0x8000u;
   // Normal: rebias and round by integer addition. Subnormal: adding 0.5 makes the FPU round at 2^-24.
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;

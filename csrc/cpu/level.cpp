@@ -17,8 +17,8 @@ static const char* const kLevelNames[] = {"baseline", "avx2", "avx512"};
 static CpuLevel best_level() {
 #ifdef HK_CPU_X86_LEVELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
     return CpuLevel::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::avx2;
 #endif
@@ -49,8 +49,12 @@ int check_cpu_level(const char* op) {
 }  // namespace hk
 
 extern "C" {
-const char* hk_version(void) { return HK_VERSION; }
-int hk_abi_version(void) { return HK_ABI_VERSION; }
+const char* hk_version(void) {
+  return HK_VERSION;
+}
+int hk_abi_version(void) {
+  return HK_ABI_VERSION;
+}
 const char* hk_cpu_level(void) {
   if (hk::check_cpu_level("hk_cpu_level")) return nullptr;
   return hk::kLevelNames[static_cast<int>(hk::cpu_level())];
@@ -62,6 +66,10 @@ int hk_openmp(void) {
   return 0;
 #endif
 }
-const char* hk_cuda_archs(void) { return HK_CUDA_ARCHS; }
-const char* hk_cuda_absent_reason(void) { return HK_CUDA_ABSENT; }
+const char* hk_cuda_archs(void) {
+  return HK_CUDA_ARCHS;
+}
+const char* hk_cuda_absent_reason(void) {
+  return HK_CUDA_ABSENT;
+}
 }

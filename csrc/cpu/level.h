@@ -15,16 +15,24 @@ int check_cpu_level(const char* op);
 }  // namespace hk
 
 #ifdef HK_CPU_X86_LEVELS
-#define HK_DECLARE_CPU(function, Args)                  \
-  namespace hk::baseline { int function(const Args&); } \
-  namespace hk::avx2 { int function(const Args&); }     \
-  namespace hk::avx512 { int function(const Args&); }
-#define HK_DISPATCH_CPU(function, args)                                   \
-  (hk::cpu_level() == hk::CpuLevel::avx512 ? hk::avx512::function(args)   \
-   : hk::cpu_level() == hk::CpuLevel::avx2 ? hk::avx2::function(args)     \
+#define HK_DECLARE_CPU(function, Args) \
+  namespace hk::baseline {             \
+  int function(const Args&);           \
+  }                                    \
+  namespace hk::avx2 {                 \
+  int function(const Args&);           \
+  }                                    \
+  namespace hk::avx512 {               \
+  int function(const Args&);           \
+  }
+#define HK_DISPATCH_CPU(function, args)                                 \
+  (hk::cpu_level() == hk::CpuLevel::avx512 ? hk::avx512::function(args) \
+   : hk::cpu_level() == hk::CpuLevel::avx2 ? hk::avx2::function(args)   \
                                            : hk::baseline::function(args))
 #else
 #define HK_DECLARE_CPU(function, Args) \
-  namespace hk::baseline { int function(const Args&); }
+  namespace hk::baseline {             \
+  int function(const Args&);           \
+  }
 #define HK_DISPATCH_CPU(function, args) (hk::baseline::function(args))
 #endif

@@ -32,8 +32,8 @@ int check_exec(const char* op, const hk_exec* exec) {
   HK_REQUIRE(exec != nullptr, "%s: exec is NULL, expected an hk_exec", op);
   HK_REQUIRE(exec->device == HK_CPU || exec->device == HK_CUDA,
              "%s: exec has device %d, expected HK_CPU (0) or HK_CUDA (1)", op, exec->device);
-  HK_REQUIRE(exec->device != HK_CPU || exec->num_threads >= 1,
-             "%s: exec has num_threads %d, expected at least 1", op, exec->num_threads);
+  HK_REQUIRE(exec->device != HK_CPU || exec->num_threads >= 1, "%s: exec has num_threads %d, expected at least 1", op,
+             exec->num_threads);
   return HK_OK;
 }
 
@@ -58,8 +58,7 @@ int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim)
   return HK_OK;
 }
 
-int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, int64_t expected,
-                const char* letter) {
+int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, int64_t expected, const char* letter) {
   HK_REQUIRE(t->shape[dim] == expected, "%s: %s has size %lld in dimension %d, expected %s=%lld", op, name,
              (long long)t->shape[dim], dim, letter, (long long)expected);
   return HK_OK;
@@ -71,8 +70,8 @@ int check_dense(const char* op, const char* name, const hk_tensor* t, int inner)
   int64_t expected = 1;
   for (int d = t->ndim - 1; d >= t->ndim - inner; --d) {
     HK_REQUIRE(t->shape[d] <= 1 || t->stride[d] == expected,
-               "%s: %s has stride %lld in dimension %d, expected %lld (dense rows)", op, name,
-               (long long)t->stride[d], d, (long long)expected);
+               "%s: %s has stride %lld in dimension %d, expected %lld (dense rows)", op, name, (long long)t->stride[d],
+               d, (long long)expected);
     expected *= t->shape[d];
   }
   return HK_OK;
@@ -80,4 +79,6 @@ int check_dense(const char* op, const char* name, const hk_tensor* t, int inner)
 
 }  // namespace hk
 
-extern "C" const char* hk_last_error(void) { return hk::last_error; }
+extern "C" const char* hk_last_error(void) {
+  return hk::last_error;
+}

@@ -13,13 +13,13 @@ const char* dtype_name(int32_t dtype);
 int64_t dtype_size(int32_t dtype);
 
 // Each check returns from the calling launcher on failure.
-#define HK_REQUIRE(condition, ...)                                  \
-  do {                                                              \
+#define HK_REQUIRE(condition, ...)                                       \
+  do {                                                                   \
     if (!(condition)) return hk::fail(HK_INVALID_ARGUMENT, __VA_ARGS__); \
   } while (0)
 
-#define HK_RETURN_IF_ERROR(expression)        \
-  do {                                        \
+#define HK_RETURN_IF_ERROR(expression)              \
+  do {                                              \
     if (int status_ = (expression)) return status_; \
   } while (0)
 
@@ -27,12 +27,13 @@ int check_exec(const char* op, const hk_exec* exec);
 // For ops that have CPU kernels only: exec must name the CPU, and the CPU level be usable.
 int check_cpu(const char* op, const hk_exec* exec);
 int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim);
-int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, int64_t expected,
-                const char* letter);
+int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, int64_t expected, const char* letter);
 // The trailing `inner` dimensions must be dense (row-major, last stride 1).
 int check_dense(const char* op, const char* name, const hk_tensor* t, int inner);
 
 // Threads for work that touches `bytes`: one below 128 KB, which a core does in the 5 us a fork costs.
-inline int32_t threads_for(const hk_exec* exec, int64_t bytes) { return bytes < (1 << 17) ? 1 : exec->num_threads; }
+inline int32_t threads_for(const hk_exec* exec, int64_t bytes) {
+  return bytes < (1 << 17) ? 1 : exec->num_threads;
+}
 
 }  // namespace hk

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -197,7 +197,7 @@ def _compare(what: str, got: Any, expected: Any, plain: Any, reduction: int) -> 
 
 
 @contextlib.contextmanager
-def implementation(op: Op, name: str, function: Callable[..., Any]) -> Any:
+def implementation(op: Op, name: str, function: Callable[..., Any]) -> Iterator[str]:
     """For the time being ``function`` is a backend of this op, to be put through the checks."""
     registered = OPS[op.name]
     registered.set_implementation(name, function)

@@ -18,7 +18,9 @@ WRONG = [
     for name, op in SPECS.items()
     for kernel in wrong_kernels.BY_OP[name]
 ] + [
-    pytest.param(op, wrap, id=f"{name}-{wrap.__name__}") for name, op in SPECS.items() for wrap in wrong_kernels.FOR_ANY_OP
+    pytest.param(op, wrap, id=f"{name}-{wrap.__name__}")
+    for name, op in SPECS.items()
+    for wrap in wrong_kernels.FOR_ANY_OP
 ]
 
 

@@ -42,7 +42,9 @@ def test_forward(op: Op, backend: str, case: Case, dtype: torch.dtype, layout: s
     harness.check_forward(op, case, dtype, backend, DEVICE, layout)
 
 
-@pytest.mark.parametrize(("op", "backend", "case", "dtype", "layout"), grid(layouts=("contiguous", "strided"), grads=True))
+@pytest.mark.parametrize(
+    ("op", "backend", "case", "dtype", "layout"), grid(layouts=("contiguous", "strided"), grads=True)
+)
 def test_backward(op: Op, backend: str, case: Case, dtype: torch.dtype, layout: str) -> None:
     harness.check_backward(op, case, dtype, backend, DEVICE, layout)
 

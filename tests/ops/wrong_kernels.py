@@ -208,11 +208,17 @@ def compact_unstable(*a: Any) -> Any:
 def compact_positions_never_restart(*a: Any) -> Any:
     rows, index, positions, ends, count = token_compact.token_compact(*a)
     n = min(int(count), positions.numel())
-    return rows, index, torch.where(torch.arange(positions.numel()) < n, torch.arange(positions.numel()), 0), ends, count
+    return (
+        rows,
+        index,
+        torch.where(torch.arange(positions.numel()) < n, torch.arange(positions.numel()), 0),
+        ends,
+        count,
+    )
 
 
 def compact_old_cu_seqlens(keep: torch.Tensor, tensors: Any, ends: Any, n: int, *rest: Any) -> Any:
-    rows, index, positions, new, count = token_compact.token_compact(keep, tensors, ends, n, *rest)
+    rows, index, positions, _new, count = token_compact.token_compact(keep, tensors, ends, n, *rest)
     return rows, index, positions, torch.tensor([0, n], dtype=torch.int32) if ends is None else ends.clone(), count
 
 
@@ -294,11 +300,11 @@ def frames_embed_loses_block_boundary_scores(*a: Any) -> Any:
     return embedding, scores
 
 
-def frames_embed_ignores_window(frames: Any, weight: Any, bias: Any, p: int, m: int, mean: Any, std: Any, *rest: Any) -> Any:
+def frames_embed_ignores_window(
+    frames: Any, weight: Any, bias: Any, p: int, m: int, mean: Any, std: Any, *rest: Any
+) -> Any:
     window, with_scores = rest
-    return patch_embed.patch_embed_frames(
-        frames, weight, bias, p, m, mean, std, [w * 2 for w in window], with_scores
-    )
+    return patch_embed.patch_embed_frames(frames, weight, bias, p, m, mean, std, [w * 2 for w in window], with_scores)
 
 
 def cut_row_major(frames: Any, p: int, m: int, *rest: Any) -> Any:

@@ -28,8 +28,8 @@ extern "C" {
 typedef enum hk_status {
   HK_OK = 0,
   HK_INVALID_ARGUMENT = 1,
-  HK_UNSUPPORTED = 2,   /* valid, but not built or not written for this device or dtype */
-  HK_DEVICE_ERROR = 3,  /* the CUDA runtime refused; hk_last_error() holds its text */
+  HK_UNSUPPORTED = 2,  /* valid, but not built or not written for this device or dtype */
+  HK_DEVICE_ERROR = 3, /* the CUDA runtime refused; hk_last_error() holds its text */
   HK_OUT_OF_MEMORY = 4
 } hk_status;
 
@@ -47,7 +47,7 @@ typedef enum hk_dtype {
 typedef enum hk_device { HK_CPU = 0, HK_CUDA = 1 } hk_device;
 
 typedef struct hk_tensor {
-  void *data;
+  void* data;
   int32_t dtype; /* hk_dtype */
   int32_t ndim;
   int64_t shape[HK_MAX_DIMS];
@@ -57,21 +57,21 @@ typedef struct hk_tensor {
 typedef struct hk_exec {
   int32_t device;      /* hk_device: where every tensor of the call lives */
   int32_t num_threads; /* CPU only; >= 1 */
-  void *stream;        /* CUDA only; a cudaStream_t of the current device, NULL is the default stream */
+  void* stream;        /* CUDA only; a cudaStream_t of the current device, NULL is the default stream */
 } hk_exec;
 
-HK_API const char *hk_version(void);
+HK_API const char* hk_version(void);
 HK_API int hk_abi_version(void);
-HK_API const char *hk_last_error(void);
+HK_API const char* hk_last_error(void);
 /* "baseline", "avx2" or "avx512": what this process runs (HULUKERN_CPU_LEVEL may lower it).
  * NULL with HK_INVALID_ARGUMENT text in hk_last_error() when that variable names no usable level. */
-HK_API const char *hk_cpu_level(void);
+HK_API const char* hk_cpu_level(void);
 /* 1 if CPU kernels were built with OpenMP, else 0 (num_threads is then ignored). */
 HK_API int hk_openmp(void);
 /* "" when CUDA kernels were left out of this build, else their architectures, "80;90a;...". */
-HK_API const char *hk_cuda_archs(void);
+HK_API const char* hk_cuda_archs(void);
 /* Why the build has no CUDA kernels; "" when it has them. */
-HK_API const char *hk_cuda_absent_reason(void);
+HK_API const char* hk_cuda_absent_reason(void);
 
 /* What a cell is compared with, see token_score. */
 typedef enum hk_score_reference { HK_PREVIOUS = 0, HK_KEPT = 1 } hk_score_reference;
@@ -86,18 +86,17 @@ typedef enum hk_score_reference { HK_PREVIOUS = 0, HK_KEPT = 1 } hk_score_refere
  * (value - mean[c]) / std[c]. mean == NULL keeps raw values 0..255 (i16: the window times 255). */
 typedef struct hk_cut_options {
   int32_t patch_size, merge_size, channels;
-  int32_t lo, hi;                /* i16 only: window, lo < hi */
-  const float *mean, *std_dev;   /* [channels] host memory, or both NULL */
+  int32_t lo, hi;              /* i16 only: window, lo < hi */
+  const float *mean, *std_dev; /* [channels] host memory, or both NULL */
 } hk_cut_options;
-HK_API int hk_patch_embed_cut(const hk_exec *exec, const hk_tensor *frames, const hk_tensor *previous,
-                              const hk_tensor *patches, const hk_tensor *scores,
-                              const hk_cut_options *options);
+HK_API int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, const hk_tensor* previous,
+                              const hk_tensor* patches, const hk_tensor* scores, const hk_cut_options* options);
 
 /* patch_embed of patches that are cut already: normalises them by the same rules.
  *   patches [N, channels*P*P] u8, out [N, channels*P*P] f32, bf16 or f16; rows contiguous.
  * options: channels, mean and std_dev count. */
-HK_API int hk_patch_embed_normalize(const hk_exec *exec, const hk_tensor *patches, const hk_tensor *out,
-                                    const hk_cut_options *options);
+HK_API int hk_patch_embed_normalize(const hk_exec* exec, const hk_tensor* patches, const hk_tensor* out,
+                                    const hk_cut_options* options);
 
 /* token_score: mean |difference| per cell against the previous or the last kept version of the cell.
  *   scores [cells] f32, grid after grid, (t, cell) order; the first frame of a grid scores +inf.
@@ -106,12 +105,12 @@ HK_API int hk_patch_embed_normalize(const hk_exec *exec, const hk_tensor *patche
  * HK_KEPT: a version is kept unless score <= threshold (NaN is kept), and later ones compare with it.
  *   patches [N, L] u8, f32, bf16, f16, merge-block order, rows contiguous; grid_thw [G][3] host memory
  *   frames  [T, H, W, C] u8 or i16, inner two strides C and 1; windows [n_windows][2] host memory */
-HK_API int hk_token_score(const hk_exec *exec, const hk_tensor *patches, const hk_tensor *scores,
-                          const int64_t *grid_thw, int64_t n_grids, int32_t merge_size,
-                          int32_t reference, float threshold);
-HK_API int hk_token_score_frames(const hk_exec *exec, const hk_tensor *frames, const hk_tensor *scores,
-                                 int32_t patch_size, int32_t merge_size, const int32_t *windows,
-                                 int32_t n_windows, int32_t reference, float threshold);
+HK_API int hk_token_score(const hk_exec* exec, const hk_tensor* patches, const hk_tensor* scores,
+                          const int64_t* grid_thw, int64_t n_grids, int32_t merge_size, int32_t reference,
+                          float threshold);
+HK_API int hk_token_score_frames(const hk_exec* exec, const hk_tensor* frames, const hk_tensor* scores,
+                                 int32_t patch_size, int32_t merge_size, const int32_t* windows, int32_t n_windows,
+                                 int32_t reference, float threshold);
 
 /* token_compact: stable compaction, in two steps so that the caller can size the outputs.
  * _index: keep [N] u8 (0 or 1), or i64 [K] strictly increasing row numbers ->
@@ -121,13 +120,12 @@ HK_API int hk_token_score_frames(const hk_exec *exec, const hk_tensor *frames, c
  *   cu_seqlens   [S+1] i32: rows of sequence s are cu_seqlens[s] .. cu_seqlens[s+1]; NULL is one sequence
  * _rows: out[b] = x[index[b]]; out rows with index -1 are left alone.
  * _rows_backward: grad_x = 0, then grad_x[index[b]] = grad_out[b]. */
-HK_API int hk_token_compact_index(const hk_exec *exec, const hk_tensor *keep, const hk_tensor *cu_seqlens,
-                                  const hk_tensor *index, const hk_tensor *position_ids,
-                                  const hk_tensor *cu_seqlens_out, const hk_tensor *count, int64_t n_rows);
-HK_API int hk_token_compact_rows(const hk_exec *exec, const hk_tensor *x, const hk_tensor *index,
-                                 const hk_tensor *out);
-HK_API int hk_token_compact_rows_backward(const hk_exec *exec, const hk_tensor *grad_out,
-                                          const hk_tensor *index, const hk_tensor *grad_x);
+HK_API int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep, const hk_tensor* cu_seqlens,
+                                  const hk_tensor* index, const hk_tensor* position_ids,
+                                  const hk_tensor* cu_seqlens_out, const hk_tensor* count, int64_t n_rows);
+HK_API int hk_token_compact_rows(const hk_exec* exec, const hk_tensor* x, const hk_tensor* index, const hk_tensor* out);
+HK_API int hk_token_compact_rows_backward(const hk_exec* exec, const hk_tensor* grad_out, const hk_tensor* index,
+                                          const hk_tensor* grad_x);
 
 #ifdef __cplusplus
 }

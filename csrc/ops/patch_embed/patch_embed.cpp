@@ -67,8 +67,8 @@ extern "C" int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, 
   HK_REQUIRE(options != nullptr, "%s: options is NULL, expected hk_cut_options", op);
   PatchEmbedCutArgs args = {};
   const hk_cut_options& o = *options;
-  HK_REQUIRE(o.patch_size >= 1 && o.merge_size >= 1, "%s: patch_size, merge_size have values %d, %d, expected at least 1",
-             op, o.patch_size, o.merge_size);
+  HK_REQUIRE(o.patch_size >= 1 && o.merge_size >= 1,
+             "%s: patch_size, merge_size have values %d, %d, expected at least 1", op, o.patch_size, o.merge_size);
   HK_RETURN_IF_ERROR(read_norm(op, o, &args.norm));
   HK_RETURN_IF_ERROR(check_tensor(op, "frames", frames, 4));
   HK_REQUIRE(frames->dtype == HK_U8 || frames->dtype == HK_I16, "%s: frames has dtype %s, expected u8 or i16", op,
@@ -91,9 +91,13 @@ extern "C" int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, 
     HK_REQUIRE(previous->dtype == frames->dtype, "%s: previous has dtype %s, expected %s as frames", op,
                dtype_name(previous->dtype), dtype_name(frames->dtype));
     for (int d = 0; d < 3; ++d) {
-      HK_RETURN_IF_ERROR(check_shape(op, "previous", previous, d, frames->shape[d + 1], d == 0 ? "H" : d == 1 ? "W" : "C"));
-      HK_REQUIRE(previous->stride[d] == frames->stride[d + 1], "%s: previous has stride %lld in dimension %d, expected %lld as frames",
-                 op, (long long)previous->stride[d], d, (long long)frames->stride[d + 1]);
+      HK_RETURN_IF_ERROR(check_shape(op, "previous", previous, d, frames->shape[d + 1],
+                                     d == 0   ? "H"
+                                     : d == 1 ? "W"
+                                              : "C"));
+      HK_REQUIRE(previous->stride[d] == frames->stride[d + 1],
+                 "%s: previous has stride %lld in dimension %d, expected %lld as frames", op,
+                 (long long)previous->stride[d], d, (long long)frames->stride[d + 1]);
     }
     const int64_t distance = static_cast<const char*>(previous->data) - static_cast<const char*>(frames->data);
     HK_REQUIRE(distance % size == 0, "%s: previous has address %lld bytes from frames, expected whole elements", op,

@@ -57,8 +57,8 @@ void look_up(Out* out, const uint8_t* in, int64_t n, const Out* value) {
       const __m512i d = _mm512_permutex2var_epi16(table[6], u, table[7]);
       const __mmask32 bit6 = _mm512_test_epi16_mask(u, _mm512_set1_epi16(64));
       const __mmask32 bit7 = _mm512_test_epi16_mask(u, _mm512_set1_epi16(128));
-      const __m512i picked = _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, a, b),
-                                                     _mm512_mask_blend_epi16(bit6, c, d));
+      const __m512i picked =
+          _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, a, b), _mm512_mask_blend_epi16(bit6, c, d));
       _mm512_storeu_si512(out + i, picked);
     }
   }
@@ -184,9 +184,9 @@ int cut(const PatchEmbedCutArgs& a) {
       for (int64_t x = 0; a.scores != nullptr && x < v.cells_x; ++x) {
         const int64_t in_frame = cell_y * v.stride_y + x * v.stride_x;
         const int64_t before = t > 0 ? (t - 1) * v.stride_t : a.previous;
-        a.scores[task * v.cells_x + x] =
-            t > 0 || a.has_previous ? cell_score(a.score, t * v.stride_t + in_frame, before + in_frame)
-                                    : __builtin_inff();
+        a.scores[task * v.cells_x + x] = t > 0 || a.has_previous
+                                             ? cell_score(a.score, t * v.stride_t + in_frame, before + in_frame)
+                                             : __builtin_inff();
       }
     }
     free(planes);

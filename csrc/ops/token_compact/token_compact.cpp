@@ -101,8 +101,8 @@ extern "C" int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep
   const int64_t* rows = static_cast<const int64_t*>(keep->data);
   for (int64_t i = 0; !is_mask && i < keep->shape[0]; ++i)
     HK_REQUIRE(rows[i] >= (i ? rows[i - 1] + 1 : 0) && rows[i] < n_rows,
-               "%s: keep has row %lld at %lld, expected strictly increasing rows below N=%lld", op,
-               (long long)rows[i], (long long)i, (long long)n_rows);
+               "%s: keep has row %lld at %lld, expected strictly increasing rows below N=%lld", op, (long long)rows[i],
+               (long long)i, (long long)n_rows);
 
   TokenCompactIndexArgs args = {is_mask ? static_cast<const uint8_t*>(keep->data) : nullptr,
                                 is_mask ? nullptr : rows,

@@ -8,15 +8,15 @@
 namespace hk {
 
 struct TokenCompactIndexArgs {
-  const uint8_t* mask;         // [n_rows], or NULL
-  const int64_t* rows;         // [n_kept] strictly increasing, used when mask is NULL
+  const uint8_t* mask;  // [n_rows], or NULL
+  const int64_t* rows;  // [n_kept] strictly increasing, used when mask is NULL
   int64_t n_rows, n_kept;
-  const int32_t* cu_seqlens;   // [S+1]
+  const int32_t* cu_seqlens;  // [S+1]
   int64_t n_sequences;
-  int64_t* index;              // [bound]
-  int64_t* position_ids;       // [bound]
+  int64_t* index;         // [bound]
+  int64_t* position_ids;  // [bound]
   int64_t bound;
-  int32_t* cu_seqlens_out;     // [S+1]
+  int32_t* cu_seqlens_out;  // [S+1]
   int64_t* count;
 };
 

@@ -22,22 +22,21 @@ inline uint64_t sum_abs_diff(const uint8_t* a, const uint8_t* b, int n) {
     sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i)));
   if (i < n) {
     const __mmask64 tail = ~0ull >> (64 - (n - i));
-    sum = _mm512_add_epi64(
-        sum, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(tail, a + i), _mm512_maskz_loadu_epi8(tail, b + i)));
+    sum = _mm512_add_epi64(sum,
+                           _mm512_sad_epu8(_mm512_maskz_loadu_epi8(tail, a + i), _mm512_maskz_loadu_epi8(tail, b + i)));
   }
   return static_cast<uint64_t>(_mm512_reduce_add_epi64(sum));
 #elif defined(__AVX2__)
   __m256i sum = _mm256_setzero_si256();
   int i = 0;
   for (; i + 32 <= n; i += 32)
-    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_loadu_si256((const __m256i*)(a + i)),
-                                                _mm256_loadu_si256((const __m256i*)(b + i))));
+    sum = _mm256_add_epi64(
+        sum, _mm256_sad_epu8(_mm256_loadu_si256((const __m256i*)(a + i)), _mm256_loadu_si256((const __m256i*)(b + i))));
   __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
   for (; i + 16 <= n; i += 16)
-    half = _mm_add_epi64(half, _mm_sad_epu8(_mm_loadu_si128((const __m128i*)(a + i)),
-                                            _mm_loadu_si128((const __m128i*)(b + i))));
-  uint64_t total = static_cast<uint64_t>(_mm_cvtsi128_si64(half)) +
-                   static_cast<uint64_t>(_mm_extract_epi64(half, 1));
+    half = _mm_add_epi64(
+        half, _mm_sad_epu8(_mm_loadu_si128((const __m128i*)(a + i)), _mm_loadu_si128((const __m128i*)(b + i))));
+  uint64_t total = static_cast<uint64_t>(_mm_cvtsi128_si64(half)) + static_cast<uint64_t>(_mm_extract_epi64(half, 1));
   for (; i < n; ++i) total += static_cast<uint64_t>(a[i] < b[i] ? b[i] - a[i] : a[i] - b[i]);
   return total;
 #else
@@ -92,8 +91,8 @@ inline float cell_score(const hk::TokenScoreArgs& args, int64_t a, int64_t b) {
       const hk::ScoreWindow& window = args.windows[w];
       uint64_t sum = 0;
       for (int r = 0; r < v.runs; ++r)
-        sum += sum_abs_diff_window(data + a + r * v.stride_run, data + b + r * v.stride_run, v.run, window.lo,
-                                   window.hi);
+        sum +=
+            sum_abs_diff_window(data + a + r * v.stride_run, data + b + r * v.stride_run, v.run, window.lo, window.hi);
       const float s = static_cast<float>(sum) / window.denominator;
       score = s > score ? s : score;
     }

@@ -62,8 +62,8 @@ extern "C" int hk_token_score(const hk_exec* exec, const hk_tensor* patches, con
                op, (long long)g, (long long)s[0], (long long)s[1], (long long)s[2], merge_size);
     rows += s[0] * s[1] * s[2];
   }
-  HK_REQUIRE(rows == patches->shape[0], "%s: grid_thw has %lld patches in all, expected N=%lld", op,
-             (long long)rows, (long long)patches->shape[0]);
+  HK_REQUIRE(rows == patches->shape[0], "%s: grid_thw has %lld patches in all, expected N=%lld", op, (long long)rows,
+             (long long)patches->shape[0]);
   HK_RETURN_IF_ERROR(check_scores(op, scores, rows / per_cell));
 
   int64_t row = 0;
@@ -95,8 +95,8 @@ extern "C" int hk_token_score(const hk_exec* exec, const hk_tensor* patches, con
 }
 
 extern "C" int hk_token_score_frames(const hk_exec* exec, const hk_tensor* frames, const hk_tensor* scores,
-                                     int32_t patch_size, int32_t merge_size, const int32_t* windows,
-                                     int32_t n_windows, int32_t reference, float threshold) {
+                                     int32_t patch_size, int32_t merge_size, const int32_t* windows, int32_t n_windows,
+                                     int32_t reference, float threshold) {
   const char* op = "token_score_frames";
   HK_RETURN_IF_ERROR(check_exec(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "frames", frames, 4));
@@ -108,8 +108,8 @@ extern "C" int hk_token_score_frames(const hk_exec* exec, const hk_tensor* frame
   const int64_t side = static_cast<int64_t>(patch_size) * merge_size;
   const int64_t H = frames->shape[1], W = frames->shape[2];
   HK_REQUIRE(H % side == 0 && W % side == 0,
-             "%s: frames has H=%lld, W=%lld, expected multiples of patch_size * merge_size = %lld", op,
-             (long long)H, (long long)W, (long long)side);
+             "%s: frames has H=%lld, W=%lld, expected multiples of patch_size * merge_size = %lld", op, (long long)H,
+             (long long)W, (long long)side);
   HK_RETURN_IF_ERROR(check_scores(op, scores, frames->shape[0] * (H / side) * (W / side)));
 
   TokenScoreArgs args = {};

@@ -88,7 +88,5 @@ def patch_embed_frames(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [N, E], [cells] f32
     channels = weight.shape[1] // patch_size**2
     wide = torch.promote_types(weight.dtype, torch.float32)
-    patches, scores = patch_embed_cut(
-        frames, patch_size, merge_size, channels, mean, std, window, wide, with_scores
-    )
+    patches, scores = patch_embed_cut(frames, patch_size, merge_size, channels, mean, std, window, wide, with_scores)
     return patch_embed(patches, weight, bias, channels, None, None), scores

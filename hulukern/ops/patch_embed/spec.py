@@ -170,7 +170,7 @@ def _n_values(a: Arguments) -> int:
     """Values of all patches together: what is written by a cut, and K x N of the product."""
     if "patches" in a:
         return int(a["patches"].numel())
-    T, H, W, C = a["frames"].shape
+    T, H, W, _C = a["frames"].shape
     channels = a["channels"] if "channels" in a else a["weight"].shape[1] // a["patch_size"] ** 2
     return int(T * H * W * channels)
 
@@ -287,9 +287,7 @@ PATCH_EMBED_NORMALIZE = Op(
         Case("empty", {"N": 0, "channels": 3, "plane": 196}, frozenset({"empty"})),
     ),
     perf_cases=(
-        Case(
-            "clip_41472x588", {"N": 41472, "channels": 3, "plane": 196, "out": torch.bfloat16}, frozenset({"perf"})
-        ),
+        Case("clip_41472x588", {"N": 41472, "channels": 3, "plane": 196, "out": torch.bfloat16}, frozenset({"perf"})),
     ),
     cost=_cost,
     reduction=lambda a: 1,
@@ -364,15 +362,25 @@ PATCH_EMBED_FRAMES = Op(
     sample=_sample_frames,
     cases=(
         Case("rgb", {"THWC": (3, 56, 84, 3), "patch_size": 14, "merge_size": 2, "E": 64}),
-        Case("window", {"THWC": (3, 28, 56, 1), "patch_size": 14, "merge_size": 2, "E": 32, "channels": 3, "i16": True}),
+        Case(
+            "window", {"THWC": (3, 28, 56, 1), "patch_size": 14, "merge_size": 2, "E": 32, "channels": 3, "i16": True}
+        ),
         Case("raw", {"THWC": (2, 32, 32, 3), "patch_size": 16, "merge_size": 1, "E": 24, "raw": True, "scores": False}),
         Case("blocks", {"THWC": (5, 112, 112, 3), "patch_size": 4, "merge_size": 2, "E": 8}),
-        Case("odd", {"THWC": (3, 45, 75, 3), "patch_size": 5, "merge_size": 3, "E": 37, "bias": False}, frozenset({"odd"})),
+        Case(
+            "odd",
+            {"THWC": (3, 45, 75, 3), "patch_size": 5, "merge_size": 3, "E": 37, "bias": False},
+            frozenset({"odd"}),
+        ),
         Case("tiny", {"THWC": (1, 1, 1, 1), "patch_size": 1, "merge_size": 1, "E": 1}, frozenset({"tiny"})),
         Case("empty", {"THWC": (0, 28, 28, 3), "patch_size": 14, "merge_size": 2, "E": 16}, frozenset({"empty"})),
     ),
     perf_cases=(
-        Case("frames_4x448_e1152", {"THWC": (4, 448, 448, 3), "patch_size": 14, "merge_size": 2, "E": 1152}, frozenset({"perf"})),
+        Case(
+            "frames_4x448_e1152",
+            {"THWC": (4, 448, 448, 3), "patch_size": 14, "merge_size": 2, "E": 1152},
+            frozenset({"perf"}),
+        ),
     ),
     cost=_cost,
     reduction=lambda a: int(a["weight"].shape[1]),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from hulukern.registry import register
 from hulukern.validation import fail
 
 
-class Compacted(NamedTuple):
+@dataclass(frozen=True)
+class Compacted:
     """What :func:`token_compact` returns. B is K, or the bound."""
 
     tensors: list[torch.Tensor]  # each [B, ...]
@@ -31,10 +33,9 @@ def _fake(
         size = keep.shape[0] if keep.dtype != torch.bool else torch.library.get_ctx().new_dynamic_size()
     rows = [x.new_empty((size, *x.shape[1:])) for x in tensors]
     ends = 2 if cu_seqlens is None else cu_seqlens.shape[0]
-    int64 = {"dtype": torch.int64}
-    return rows, keep.new_empty(size, **int64), keep.new_empty(size, **int64), keep.new_empty(
-        ends, dtype=torch.int32
-    ), keep.new_empty(1, **int64)
+    index = keep.new_empty(size, dtype=torch.int64)
+    cu_seqlens_out = keep.new_empty(ends, dtype=torch.int32)
+    return rows, index, torch.empty_like(index), cu_seqlens_out, keep.new_empty(1, dtype=torch.int64)
 
 
 def _fake_backward(grad: torch.Tensor, index: torch.Tensor, n_rows: int) -> torch.Tensor:

@@ -42,7 +42,10 @@ def _sample(case: Case, dtype: torch.dtype, device: torch.device, g: torch.Gener
     x = torch.randn((n, *s.get("row", (48,))), generator=g) * 100
     tensors = [(x > 0) if dtype == torch.bool else x.to(dtype)]
     if s.get("labels"):
-        tensors += [torch.randint(0, 1000, (n,), generator=g), torch.randint(0, 9, (n,), generator=g, dtype=torch.int32)]
+        tensors += [
+            torch.randint(0, 1000, (n,), generator=g),
+            torch.randint(0, 9, (n,), generator=g, dtype=torch.int32),
+        ]
     lengths = s.get("lengths")
     ends = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     return {
@@ -89,7 +92,9 @@ TOKEN_COMPACT = Op(
     cases=(
         Case("rows", {"N": 400, "row": (588,)}),
         Case("labels", {"N": 225, "row": (16,), "labels": True}),
-        Case("ragged", {"N": 100, "row": (7, 3), "lengths": (31, 0, 1, 68), "labels": True}, frozenset({"ragged", "odd"})),
+        Case(
+            "ragged", {"N": 100, "row": (7, 3), "lengths": (31, 0, 1, 68), "labels": True}, frozenset({"ragged", "odd"})
+        ),
         Case("indices", {"N": 90, "row": (32,), "indices": True, "lengths": (45, 45)}),
         Case("bound", {"N": 64, "row": (8,), "bound": 50, "labels": True, "lengths": (30, 34)}),
         Case("overfull", {"N": 64, "row": (8,), "bound": 5, "labels": True, "lengths": (30, 34)}),
@@ -106,8 +111,15 @@ TOKEN_COMPACT = Op(
     backends={"reference": "reference:token_compact", "cpu": "native:token_compact"},
     check=_check,
     bad_calls=(
-        BadCall("mask_length", lambda a: {**a, "keep": torch.ones(1 + a["n_rows"], dtype=torch.bool)}, ValueError, ("keep", "N=")),
-        BadCall("rows_length", lambda a: {**a, "tensors": [x[1:] for x in a["tensors"]]}, ValueError, ("tensors[0]", "N=")),
+        BadCall(
+            "mask_length",
+            lambda a: {**a, "keep": torch.ones(1 + a["n_rows"], dtype=torch.bool)},
+            ValueError,
+            ("keep", "N="),
+        ),
+        BadCall(
+            "rows_length", lambda a: {**a, "tensors": [x[1:] for x in a["tensors"]]}, ValueError, ("tensors[0]", "N=")
+        ),
         BadCall("float_mask", lambda a: {**a, "keep": torch.ones(a["n_rows"])}, TypeError, ("keep", "float32", "bool")),
         BadCall("bound_negative", lambda a: {**a, "bound": -1}, ValueError, ("bound", "-1")),
     ),

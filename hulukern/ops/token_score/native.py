@@ -16,9 +16,7 @@ def token_score(
     patches = rows_dense(patches, 1)
     cells = patches.shape[0] // (merge_size * merge_size)
     scores = torch.empty(cells, dtype=torch.float32, device=patches.device)
-    _C.token_score(
-        *native_target(patches), patches, scores, grid_thw, merge_size, _REFERENCE[reference], threshold
-    )
+    _C.token_score(*native_target(patches), patches, scores, grid_thw, merge_size, _REFERENCE[reference], threshold)
     return scores
 
 

@@ -131,8 +131,14 @@ TOKEN_SCORE = Op(
         Case("video", {"grid_thw": [(5, 8, 8)], "L": 588, "merge_size": 2}),
         Case("image", {"grid_thw": [(1, 4, 4)], "L": 588, "merge_size": 1}),
         Case("odd", {"grid_thw": [(3, 9, 15)], "L": 147, "merge_size": 3}, frozenset({"odd"})),
-        Case("ragged", {"grid_thw": [(2, 4, 6), (1, 2, 2), (7, 2, 10)], "L": 75, "merge_size": 2}, frozenset({"ragged"})),
-        Case("kept", {"grid_thw": [(9, 4, 4), (3, 2, 6)], "L": 588, "merge_size": 2, "reference": "kept"}, frozenset({"ragged"})),
+        Case(
+            "ragged", {"grid_thw": [(2, 4, 6), (1, 2, 2), (7, 2, 10)], "L": 75, "merge_size": 2}, frozenset({"ragged"})
+        ),
+        Case(
+            "kept",
+            {"grid_thw": [(9, 4, 4), (3, 2, 6)], "L": 588, "merge_size": 2, "reference": "kept"},
+            frozenset({"ragged"}),
+        ),
         Case("tiny", {"grid_thw": [(2, 1, 1)], "L": 1, "merge_size": 1}, frozenset({"tiny"})),
         Case("empty", {"grid_thw": [], "L": 588, "merge_size": 2}, frozenset({"empty"})),
         Case("empty_grid", {"grid_thw": [(0, 4, 4), (2, 2, 2)], "L": 12, "merge_size": 2}, frozenset({"empty"})),
@@ -166,9 +172,7 @@ TOKEN_SCORE = Op(
 TOKEN_SCORE_FRAMES = Op(
     name="token_score_frames",
     summary="temporal difference of cells of whole frames, int16 in intensity windows",
-    schema=(
-        "(Tensor frames, int patch_size, int merge_size, int[] windows, str reference, float threshold) -> Tensor"
-    ),
+    schema=("(Tensor frames, int patch_size, int merge_size, int[] windows, str reference, float threshold) -> Tensor"),
     tensors=(TensorArg("frames", "T H W C", (torch.uint8, torch.int16), "frames, channels last"),),
     dtype_of="frames",
     sample=_sample_frames,
@@ -179,7 +183,9 @@ TOKEN_SCORE_FRAMES = Op(
         Case("tiny", {"THWC": (2, 1, 1, 1), "patch_size": 1, "merge_size": 1}, frozenset({"tiny"})),
         Case("empty", {"THWC": (0, 28, 28, 3), "patch_size": 14, "merge_size": 2}, frozenset({"empty"})),
     ),
-    perf_cases=(Case("clip_32x504x504", {"THWC": (32, 504, 504, 3), "patch_size": 14, "merge_size": 2}, frozenset({"perf"})),),
+    perf_cases=(
+        Case("clip_32x504x504", {"THWC": (32, 504, 504, 3), "patch_size": 14, "merge_size": 2}, frozenset({"perf"})),
+    ),
     cost=_cost,
     reduction=_reduction,
     exact=lambda a: True,
