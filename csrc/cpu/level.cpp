@@ -4,11 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/build_config.h"
 #include "cpu/status.h"
-
-#ifndef HK_VERSION
-#error "the build defines HK_VERSION"
-#endif
 
 namespace hk {
 

@@ -40,7 +40,7 @@ def poisoned_buffers() -> Iterator[None]:
         handed_out.append(whole)
         return inside.view(tuple(shape))
 
-    torch.empty = empty  # type: ignore[assignment]
+    torch.empty = empty
     try:
         yield
     finally:

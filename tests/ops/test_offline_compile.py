@@ -43,7 +43,7 @@ def tool(name: str) -> str:
 
 
 def test_every_triton_kernel_compiles_without_spills(tmp_path: pathlib.Path) -> None:
-    """Every kernel, dtype and reference on every architecture: 0 bytes of stack and local memory."""
+    """Every kernel, dtype and reference on every architecture: no access to local memory."""
     cuobjdump = tool("cuobjdump")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(pathlib.Path(hulukern.__file__).parents[1]), *sys.path[1:]])
@@ -56,10 +56,11 @@ def test_every_triton_kernel_compiles_without_spills(tmp_path: pathlib.Path) -> 
         )
         assert run.returncode == 0, f"sm_{architecture}: {run.stderr[-4000:]}"
         for cubin in sorted(folder.glob("*.cubin")):
-            usage = subprocess.run([cuobjdump, "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
-            found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
-            assert found, f"no resource usage in {usage.stdout!r}"
-            assert found.group(2, 3) == ("0", "0"), f"sm_{architecture} {cubin.name} spills: {usage.stdout}"
+            # A stack frame alone is no spill: the subroutine of an IEEE division has one of 8 bytes on sm_100.
+            sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+            assert "EXIT" in sass, f"no machine code in {cubin.name}"
+            spills = re.findall(r"\b(?:STL|LDL)\b[^;]*", sass)
+            assert not spills, f"sm_{architecture} {cubin.name} spills: {spills[:4]}"
             compiled.setdefault(str(architecture), set()).add(cubin.name)
     kernels = {name for name, registered in hulukern.OPS.items() if "triton" in registered.spec.backends}
     for architecture in ARCHITECTURES:

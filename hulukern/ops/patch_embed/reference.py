@@ -9,8 +9,8 @@ def normalize(values: torch.Tensor, mean: list[float] | None, std: list[float] |
     """0..1 ``[..., C]`` -> (value - mean) / std per channel, or 0..255 without mean and std. fp32 or wider."""
     if mean is None or std is None:
         return values * 255
-    make = {"dtype": values.dtype, "device": values.device}
-    return (values - torch.tensor(mean, **make)) / torch.tensor(std, **make)
+    m, s = (torch.tensor(x, dtype=values.dtype, device=values.device) for x in (mean, std))
+    return (values - m) / s
 
 
 def patch_embed_normalize(
