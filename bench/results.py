@@ -1,0 +1,88 @@
+"""The one form of results: rows, checks, and what they were measured on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROW = ("op", "case", "dtype", "direction", "impl", "median_s", "low_s", "high_s", "bytes", "flops")
+CHECK = ("name", "value", "low", "high", "target", "met")
+
+
+def check(
+    name: str, value: float, low: float, high: float, target: float, *, at_most: bool = False
+) -> dict[str, Any]:
+    """A figure against its target, which is a minimum unless ``at_most``. The value itself must reach it,
+    not the hopeful end of its interval."""
+    met = value <= target if at_most else value >= target
+    return {"name": name, "value": value, "low": low, "high": high, "target": target, "met": bool(met)}
+
+
+def meta() -> dict[str, Any]:
+    """What a figure depends on."""
+    import hulukern
+    from hulukern.env import report
+
+    root = Path(__file__).parents[1]
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    env = report()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git.stdout.strip() or "unknown",
+        "hulukern": hulukern.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": env["cpu"],
+        "native": env["native"],
+        "gpu": env["gpu"],
+    }
+
+
+def write_results(path: Path, rows: list[dict[str, Any]], checks: list[dict[str, Any]], **more: Any) -> None:
+    """Write JSON whole or not at all. Raises ValueError when a row or check has other fields."""
+    data = {"meta": meta(), "rows": rows, "checks": checks, **more}
+    _validate(str(path), data)
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Read and validate. Raises ValueError naming the file."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: has content that cannot be read ({error}), expected results JSON") from None
+    _validate(str(path), data)
+    return dict(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Through a temporary file beside it, so that an interrupted run leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _validate(source: str, data: Any) -> None:
+    for kind, fields in (("rows", ROW), ("checks", CHECK)):
+        entries = data.get(kind) if isinstance(data, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{source}: has no list {kind!r}, expected results JSON")
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, dict) or tuple(entry) != fields:
+                came = list(entry) if isinstance(entry, dict) else type(entry).__name__
+                raise ValueError(f"{source}: {kind}[{i}] has {came}, expected {list(fields)}")

@@ -1,0 +1,86 @@
+"""Interleaved timing in one process.
+
+The machine's speed drifts by tens of percent within seconds, so implementations take turns in a new
+random order every round, and ratios are taken within a round. Medians, with an interval from order
+statistics: distribution-free, about 95 % for the median.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds, or a ratio without unit. low..high is a 95 % interval of the median; n rounds."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+
+def summarize(values: list[float]) -> Timing:
+    """Median and its order-statistics interval: the ranks (n -+ 1.96 sqrt(n)) / 2 (binomial, p = 1/2)."""
+    if not values:
+        raise ValueError("summarize: values has 0 entries, expected at least 1")
+    ordered, n = sorted(values), len(values)
+    low = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2) - 1)
+    return Timing(statistics.median(ordered), ordered[low], ordered[n - 1 - low], n)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds per round and implementation, in the order of the rounds."""
+
+    seconds: Mapping[str, list[float]]
+
+    def timing(self, name: str) -> Timing:
+        return summarize(self.seconds[name])
+
+    def ratio(self, slow: str, fast: str) -> Timing:
+        """How many times faster ``fast`` is than ``slow``, round by round."""
+        return summarize([s / f for s, f in zip(self.seconds[slow], self.seconds[fast], strict=True)])
+
+
+def interleave(
+    implementations: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    min_rounds: int = 7,
+    max_rounds: int = 60,
+    warmups: int = 2,
+    tick: Callable[[], None] | None = None,
+) -> Rounds:
+    """Run all of them in turns for about ``seconds``, at least ``min_rounds`` rounds.
+
+    Every call's result is held until the next of the same implementation, so that an allocator cannot
+    hand back warm pages to one of them only, and no result can be reused.
+    """
+    if not implementations:
+        raise ValueError("interleave: implementations has 0 entries, expected at least 1")
+    order = list(implementations)
+    shuffle = random.Random(0)
+    held: dict[str, Any] = {}
+    for _ in range(warmups):
+        for name in order:
+            held[name] = implementations[name]()
+    found: dict[str, list[float]] = {name: [] for name in order}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
+        shuffle.shuffle(order)
+        for name in order:
+            start = time.perf_counter_ns()
+            held[name] = implementations[name]()
+            found[name].append((time.perf_counter_ns() - start) / 1e9)
+        rounds += 1
+        if tick is not None:
+            tick()
+    return Rounds(found)
