@@ -49,7 +49,8 @@ def _quick(options: argparse.Namespace) -> int:
     from bench.quick import Disagreement, Quick, read_inputs
     from bench.results import write_results, write_text
 
-    console = Console(highlight=False)
+    # Where output goes to a file, rows stay whole; a terminal wraps what it cannot show.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     try:
         inputs = read_inputs(options.input, options.max_frames)
         if options.out.exists() and not options.out.is_dir():
