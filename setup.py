@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
+    def run(self) -> None:
+        # In place of setuptools' own run, which builds elsewhere and copies the module alone: CMake installs
+        # the module, the library beside it and the header together.
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         build = ROOT / "build" / f"py{sys.version_info.major}{sys.version_info.minor}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
