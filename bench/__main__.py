@@ -26,9 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    quick = commands.add_parser(
-        "quick", help="the main job on real input", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    quick = commands.add_parser("quick", help="the main job on real input", epilog=EXAMPLES, formatter_class=raw)
     quick.add_argument("--input", action="append", default=[], metavar="FILE", help="a file or folder of your own")
     quick.add_argument("--out", type=Path, default=Path("bench/out"), metavar="DIR", help="default: bench/out")
     quick.add_argument("--seconds", type=float, default=24.0, help="measuring time, about (default: 24)")

@@ -21,14 +21,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import hulukern
 from bench import baselines
-from bench.results import check
+from bench.report import CELL
+from bench.results import check, row
 from bench.timing import Rounds, Timing, interleave, summarize
 from hulukern.pruning import RULES, Pruned, drift, prune_frames
 from hulukern.testing.harness import call, sample
+from hulukern.validation import dtype_name
 from model.inputs import Clip, load_frames, resize_frames
 
 TARGET_REDUCTION = 0.55
-BUDGET = 0.45
+BUDGET_PERCENT = 45  # kept, rounded down: the target is reached
 BACKENDS = ("reference", "cpu")
 FRONTEND_TARGET = 5.0
 COPY_TARGET = 0.7
@@ -95,7 +97,8 @@ def read_inputs(extra: Sequence[str], max_frames: int) -> list[Input]:
 
 
 def apply_rule(frames: torch.Tensor, rule: str, backend: str, scores: torch.Tensor | None = None) -> Pruned:
-    keep = BUDGET if rule == "budget" else None
+    cells = frames.shape[0] * (frames.shape[1] // CELL) * (frames.shape[2] // CELL)
+    keep = cells * BUDGET_PERCENT // 100 if rule == "budget" else None
     return prune_frames(frames, rule=rule, keep=keep, scores=None if rule == "bounded" else scores, backend=backend)
 
 
@@ -143,9 +146,7 @@ class Quick:
     # --- measurements -----------------------------------------------------------------------------------
 
     def row(self, op: str, case: str, dtype: str, impl: str, t: Timing, n_bytes: int = 0, flops: int = 0) -> None:
-        values = (op, case, dtype, "fwd", impl, t.median, t.low, t.high, n_bytes, flops)
-        names = ("op", "case", "dtype", "direction", "impl", "median_s", "low_s", "high_s", "bytes", "flops")
-        self.rows.append(dict(zip(names, values, strict=True)))
+        self.rows.append(row(op, case, dtype, "fwd", impl, t, n_bytes, flops))
 
     def copy_bandwidth(self) -> None:
         """Bytes read plus written per second, of a copy well beyond the last-level cache."""
@@ -208,11 +209,11 @@ class Quick:
         rounds = interleave(runs, seconds=self.per_op_s, min_rounds=5, warmups=1)
         cost = op.cost(arguments)
         for impl in runs:
-            self.row(name, case.name, str(dtype).removeprefix("torch."), impl, rounds.timing(impl), cost.bytes, cost.flops)
+            self.row(name, case.name, dtype_name(dtype), impl, rounds.timing(impl), cost.bytes, cost.flops)
         if cost.flops < 20 * cost.bytes:  # bound by memory, not by arithmetic
             t = rounds.timing("cpu")
-            share = [cost.bytes / s / self.copy_bytes_per_s for s in (t.median, t.high, t.low)]
-            self.checks.append(check(f"copy_share_{name}", *share, COPY_TARGET))
+            share, low, high = (cost.bytes / s / self.copy_bytes_per_s for s in (t.median, t.high, t.low))
+            self.checks.append(check(f"copy_share_{name}", share, low, high, COPY_TARGET))
         slow = "torch" if "torch" in runs else "reference"
         self._ratio(f"{name}_vs_{slow}", rounds, [slow], "cpu", 1.0)
 
@@ -257,9 +258,7 @@ class Quick:
 
         runs = {"hulukern": many(lambda: hulukern.token_score_frames(frames)), "aten": many(lambda: torch.abs(values))}
         rounds = interleave(runs, seconds=0.6, min_rounds=15)
-        beyond = [
-            (a - b) / 200 * 1e6 for a, b in zip(rounds.seconds["hulukern"], rounds.seconds["aten"], strict=True)
-        ]
+        beyond = [(a - b) / 200 * 1e6 for a, b in zip(rounds.seconds["hulukern"], rounds.seconds["aten"], strict=True)]
         t = summarize(beyond)
         self.checks.append(check("call_overhead_us", t.median, t.low, t.high, CALL_TARGET_US, at_most=True))
 

@@ -156,7 +156,8 @@ def _embed(image: Image.Image, alt: str, plot: bool = False) -> str:
     image.save(buffer, "PNG" if plot else "JPEG", quality=85)
     kind = "png" if plot else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="{"plot" if plot else "sheet"}" alt="{markup.escape(alt)}" src="data:image/{kind};base64,{data}">'
+    source = f"data:image/{kind};base64,{data}"
+    return f'<img class="{"plot" if plot else "sheet"}" alt="{markup.escape(alt)}" src="{source}">'
 
 
 def _plot(draw: Any, height: float) -> Image.Image:

@@ -13,13 +13,21 @@ from typing import Any
 
 import torch
 
+from bench.timing import Timing
+
 ROW = ("op", "case", "dtype", "direction", "impl", "median_s", "low_s", "high_s", "bytes", "flops")
 CHECK = ("name", "value", "low", "high", "target", "met")
 
 
-def check(
-    name: str, value: float, low: float, high: float, target: float, *, at_most: bool = False
+def row(
+    op: str, case: str, dtype: str, direction: str, impl: str, t: Timing, n_bytes: int = 0, flops: int = 0
 ) -> dict[str, Any]:
+    """One measurement. ``bytes`` and ``flops`` 0 mean that nobody counted."""
+    values = (op, case, dtype, direction, impl, t.median, t.low, t.high, n_bytes, flops)
+    return dict(zip(ROW, values, strict=True))
+
+
+def check(name: str, value: float, low: float, high: float, target: float, *, at_most: bool = False) -> dict[str, Any]:
     """A figure against its target, which is a minimum unless ``at_most``. The value itself must reach it,
     not the hopeful end of its interval."""
     met = value <= target if at_most else value >= target

@@ -93,7 +93,7 @@ def test_an_unknown_cpu_level_is_refused_with_the_reason() -> None:
     assert 'HULUKERN_CPU_LEVEL has "sse9", expected baseline' in run_python(code, HULUKERN_CPU_LEVEL="sse9")
 
 
-def test_the_library_is_callable_from_c(tmp_path: Path) -> None:
+def test_the_library_is_callable_from_c() -> None:
     """ctypes knows neither torch nor Python's C API: a float compaction and a refused call."""
     library = ctypes.CDLL(str(PACKAGE / "lib" / "libhulukern.so"))
 
@@ -165,7 +165,7 @@ def test_new_values_under_the_same_shapes_are_still_checked() -> None:
     with pytest.raises(ValueError, match="token_compact: keep has row 3 at 1, expected strictly increasing rows below"):
         hulukern.token_compact(keep, rows, backend="cpu")
     ends = torch.tensor([0, 2], dtype=torch.int32)
-    with pytest.raises(ValueError, match="cu_seqlens has ends 0 .. 2, expected 0 .. N=3"):
+    with pytest.raises(ValueError, match=r"cu_seqlens has ends 0 \.\. 2, expected 0 \.\. N=3"):
         hulukern.token_compact(torch.ones(3, dtype=torch.bool), rows, cu_seqlens=ends, backend="cpu")
 
 

@@ -7,7 +7,9 @@
 namespace hk {
 
 // Rounded to nearest even, whatever -use_fast_math or -prec-div say.
-__device__ __forceinline__ float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float div_rn(float a, float b) {
+  return __fdiv_rn(a, b);
+}
 
 // sum + the |a - b| of four u8.
 __device__ __forceinline__ uint32_t add_abs_diff_u8x4(uint32_t sum, uint32_t a, uint32_t b) {
@@ -24,7 +26,9 @@ __device__ __forceinline__ uint32_t add_abs_diff_i16x2(uint32_t sum, uint32_t a,
   return __dp2a_lo(__vsub2(__vmaxs2(a, b), __vmins2(a, b)), 0x0101u, sum);
 }
 
-__device__ __forceinline__ float f32_of_bits(uint32_t x) { return __uint_as_float(x); }
+__device__ __forceinline__ float f32_of_bits(uint32_t x) {
+  return __uint_as_float(x);
+}
 
 // The two 16-bit floats of a word, lower half first.
 __device__ __forceinline__ float2 bf16x2_to_float2(uint32_t x) {

@@ -8,11 +8,15 @@ namespace hk {
 
 constexpr int kWarpSize = 32;
 
-__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+__device__ __forceinline__ void block_barrier() {
+  __syncthreads();
+}
 
 // The sum over all 32 lanes, in every lane. All lanes must call. Integers are exact; floats add in the
 // order of a butterfly, the same at every call.
-__device__ __forceinline__ uint32_t warp_sum(uint32_t x) { return __reduce_add_sync(0xffffffffu, x); }
+__device__ __forceinline__ uint32_t warp_sum(uint32_t x) {
+  return __reduce_add_sync(0xffffffffu, x);
+}
 
 __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
 #pragma unroll

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,7 +123,18 @@ def _with_grad(op: Op, arguments: Arguments) -> Arguments:
     return out
 
 
-def _gradients(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: int) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Graph:
+    """A forward that ran, ready for ``torch.autograd.grad(outputs, leaves, upstream)``."""
+
+    names: list[str]
+    outputs: list[torch.Tensor]
+    leaves: list[torch.Tensor]
+    upstream: list[torch.Tensor]
+
+
+def graph(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: int = 0) -> Graph:
+    """Run forward on copies that require gradients, with random upstream gradients."""
     arguments = _with_grad(op, arguments)
     names = differentiable(op, arguments)
     leaves = []
@@ -135,10 +147,15 @@ def _gradients(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], se
         g = torch.randn(y.shape[::-1], generator=generator(op.name, "upstream", i, seed), dtype=torch.float64)
         # Not contiguous where that is possible: autograd promises nothing about upstream layouts.
         upstream.append(g.permute(*range(g.dim() - 1, -1, -1)).to(device=y.device, dtype=y.dtype))
-    grads = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
-    missing = [name for name, g in zip(names, grads, strict=True) if g is None]
+    return Graph(names, outputs, leaves, upstream)
+
+
+def _gradients(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: int) -> dict[str, torch.Tensor]:
+    g = graph(op, arguments, run, seed)
+    grads = torch.autograd.grad(g.outputs, g.leaves, g.upstream, allow_unused=True)
+    missing = [name for name, x in zip(g.names, grads, strict=True) if x is None]
     assert not missing, f"{op.name}: no gradient for {missing}"
-    return dict(zip(names, grads, strict=True))
+    return dict(zip(g.names, grads, strict=True))
 
 
 def _plain(op: Op) -> Callable[..., Any]:

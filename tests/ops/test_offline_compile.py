@@ -42,6 +42,23 @@ def tool(name: str) -> str:
     return str(path)
 
 
+def spills_of(cuobjdump: str, cubin: pathlib.Path, architecture: int) -> str:
+    """What a kernel keeps in local memory; empty when nothing.
+
+    On sm_100 and later ptxas saves a register or two around the subroutine of an IEEE division, once per
+    version of a cell; anything more than that frame of 8 bytes is a spill there too.
+    """
+    if architecture >= 100:
+        command = [cuobjdump, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found, f"no resource usage in {usage!r}"
+        return "" if int(found[1]) <= 8 and found[2] == "0" else usage
+    sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in sass, f"no machine code in {cubin.name}"
+    return "; ".join(re.findall(r"\b(?:STL|LDL)\b[^;]*", sass)[:4])
+
+
 def test_every_triton_kernel_compiles_without_spills(tmp_path: pathlib.Path) -> None:
     """Every kernel, dtype and reference on every architecture, by what the machine code does."""
     cuobjdump = tool("cuobjdump")
@@ -56,19 +73,8 @@ def test_every_triton_kernel_compiles_without_spills(tmp_path: pathlib.Path) -> 
         )
         assert run.returncode == 0, f"sm_{architecture}: {run.stderr[-4000:]}"
         for cubin in sorted(folder.glob("*.cubin")):
-            # On sm_100 and later ptxas saves a register or two around the subroutine of an IEEE division,
-            # once per version of a cell; anything more than that frame of 8 bytes is a spill there too.
-            if architecture >= 100:
-                usage = subprocess.run([cuobjdump, "-res-usage", str(cubin)], capture_output=True, text=True)
-                found = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
-                assert found, f"no resource usage in {usage.stdout!r}"
-                assert int(found[1]) <= 8, f"sm_{architecture} {cubin.name} spills: {usage.stdout}"
-                assert found[2] == "0", f"sm_{architecture} {cubin.name} spills: {usage.stdout}"
-                continue
-            sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-            assert "EXIT" in sass, f"no machine code in {cubin.name}"
-            spills = re.findall(r"\b(?:STL|LDL)\b[^;]*", sass)
-            assert not spills, f"sm_{architecture} {cubin.name} spills: {spills[:4]}"
+            spills = spills_of(cuobjdump, cubin, architecture)
+            assert not spills, f"sm_{architecture} {cubin.name} spills: {spills}"
             compiled.setdefault(str(architecture), set()).add(cubin.name)
     kernels = {name for name, registered in hulukern.OPS.items() if "triton" in registered.spec.backends}
     for architecture in ARCHITECTURES:

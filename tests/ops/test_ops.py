@@ -118,7 +118,7 @@ def test_wrong_dtype_shape_and_device_name_the_argument(op: Op, tensor) -> None:
 
 def test_backend_that_is_absent_raises_with_the_reason() -> None:
     frames = torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
-    with pytest.raises(BackendUnavailable, match="patch_embed_cut: backend 'triton' cannot run: .*"):
+    with pytest.raises(BackendUnavailable, match="patch_embed_cut: backend 'triton' cannot run: "):
         hulukern.patch_embed_cut(frames, backend="triton")
     with pytest.raises(BackendUnavailable, match="expected one of reference, cpu, triton, cuda"):
         hulukern.patch_embed_cut(frames, backend="tritn")

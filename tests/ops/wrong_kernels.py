@@ -259,7 +259,7 @@ def compact_backward_is_another_gather(grad: torch.Tensor, index: torch.Tensor, 
 # --- patch_embed ------------------------------------------------------------------------------------------
 
 
-def embed_without_bias(patches: Any, weight: Any, bias: Any, *rest: Any) -> torch.Tensor:
+def embed_without_bias(patches: Any, weight: Any, _bias: Any, *rest: Any) -> torch.Tensor:
     return patch_embed.patch_embed(patches, weight, None, *rest)
 
 

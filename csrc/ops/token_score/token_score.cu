@@ -1,8 +1,7 @@
 // token_score on CUDA: picks the widest aligned load, threads per cell and chunks of T, and launches.
 // No allocation, no sync; what a call costs is at the head of token_score.cuh.
-#include "ops/token_score/token_score.cuh"
-
 #include "device/launch.cuh"
+#include "ops/token_score/token_score.cuh"
 
 namespace hk {
 namespace {
@@ -13,7 +12,9 @@ constexpr int64_t kBlocksPerMultiprocessor = 8;
 constexpr int64_t kMinChunk = 8;
 constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // `view` in bytes; runs that follow each other in memory become one.
 ScoreWalk make_walk(const TokenScoreArgs& args) {
@@ -40,7 +41,8 @@ ScoreWalk make_walk(const TokenScoreArgs& args) {
 
 // The widest load, at most 16 bytes, to which every run of every cell is aligned.
 int load_bytes(const ScoreWalk& walk, int64_t cells_y) {
-  uint64_t offsets = reinterpret_cast<uintptr_t>(walk.data) | static_cast<uint64_t>(walk.packs_per_run | walk.stride_run);
+  uint64_t offsets =
+      reinterpret_cast<uintptr_t>(walk.data) | static_cast<uint64_t>(walk.packs_per_run | walk.stride_run);
   if (walk.T > 1) offsets |= static_cast<uint64_t>(walk.stride_t);
   if (walk.cells_x > 1) offsets |= static_cast<uint64_t>(walk.stride_x);
   if (cells_y > 1) offsets |= static_cast<uint64_t>(walk.stride_y);
@@ -91,7 +93,8 @@ int token_score_cuda(const TokenScoreArgs& args, void* stream_handle) {
   const char* op = "token_score";
   int sms = 0;
   HK_RETURN_IF_ERROR(multiprocessors(op, &sms));
-  const int64_t size = dtype_size(args.view.dtype), cell_bytes = static_cast<int64_t>(args.view.runs) * args.view.run * size;
+  const int64_t size = dtype_size(args.view.dtype),
+                cell_bytes = static_cast<int64_t>(args.view.runs) * args.view.run * size;
   HK_REQUIRE(cell_bytes <= INT32_MAX, "%s: a cell has %lld bytes, expected less than 2 GiB", op,
              static_cast<long long>(cell_bytes));
   ScoreWalk walk = make_walk(args);
@@ -102,11 +105,21 @@ int token_score_cuda(const TokenScoreArgs& args, void* stream_handle) {
   walk.chunk = chunk_length(walk, kept, sms);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   switch (args.view.dtype) {
-    case HK_U8: launch_widest<HK_U8, 1>(walk, bytes, kept, stream); break;
-    case HK_I16: launch_widest<HK_I16, 2>(walk, bytes, kept, stream); break;
-    case HK_F32: launch_widest<HK_F32, 4>(walk, bytes, kept, stream); break;
-    case HK_BF16: launch_widest<HK_BF16, 2>(walk, bytes, kept, stream); break;
-    case HK_F16: launch_widest<HK_F16, 2>(walk, bytes, kept, stream); break;
+    case HK_U8:
+      launch_widest<HK_U8, 1>(walk, bytes, kept, stream);
+      break;
+    case HK_I16:
+      launch_widest<HK_I16, 2>(walk, bytes, kept, stream);
+      break;
+    case HK_F32:
+      launch_widest<HK_F32, 4>(walk, bytes, kept, stream);
+      break;
+    case HK_BF16:
+      launch_widest<HK_BF16, 2>(walk, bytes, kept, stream);
+      break;
+    case HK_F16:
+      launch_widest<HK_F16, 2>(walk, bytes, kept, stream);
+      break;
     default:
       return fail(HK_UNSUPPORTED, "%s: the pixels have dtype %s, expected u8, i16, f32, bf16 or f16", op,
                   dtype_name(args.view.dtype));

@@ -15,7 +15,7 @@
 
 namespace hk {
 
-constexpr int kDepth = 4;            // versions loaded together
+constexpr int kDepth = 4;  // versions loaded together
 constexpr int kMaxScoreThreads = 256;
 // Packs a thread holds of one version: 64 bytes, or 8 loads. With kDepth versions and the reference that is
 // about 130 registers, hence no more than 256 threads.
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kMaxScoreThreads, 1) score_cells(const ScoreWa
     Pack<kBytes> reference[kPacks], version[kDepth][kPacks];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i)
-      reference[i] = offset[i] < 0 ? zero_pack<kBytes>() : load_pack<kBytes>(data + (first - 1) * walk.stride_t + offset[i]);
+      reference[i] =
+          offset[i] < 0 ? zero_pack<kBytes>() : load_pack<kBytes>(data + (first - 1) * walk.stride_t + offset[i]);
     if (begin == 0 && threadIdx.x == 0) walk.scores[cell] = __int_as_float(0x7f800000);  // +inf
 
     for (int64_t t = first; t < end; t += kDepth) {
@@ -142,9 +143,8 @@ __global__ void __launch_bounds__(kMaxScoreThreads, 1) score_cells(const ScoreWa
       for (int d = 0; d < kDepth; ++d)
 #pragma unroll
         for (int i = 0; i < kPacks; ++i)
-          version[d][i] = offset[i] < 0 || t + d >= end
-                              ? zero_pack<kBytes>()
-                              : load_pack<kBytes>(data + (t + d) * walk.stride_t + offset[i]);
+          version[d][i] = offset[i] < 0 || t + d >= end ? zero_pack<kBytes>()
+                                                        : load_pack<kBytes>(data + (t + d) * walk.stride_t + offset[i]);
 #pragma unroll
       for (int group = 0; group < kDepth; group += kTogether) {
         for (int w = 0; w < (kDtype == HK_I16 ? walk.n_windows : 1); ++w) {
@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kMaxScoreThreads, 1) score_cells(const ScoreWa
             Sum sum = 0;
 #pragma unroll
             for (int i = 0; i < kPacks; ++i)
-              sum = add_pack<kDtype>(sum, version[d][i], d == group ? reference[i] : version[d - 1][i], walk.windows[w]);
+              sum =
+                  add_pack<kDtype>(sum, version[d][i], d == group ? reference[i] : version[d - 1][i], walk.windows[w]);
             sum = warp_sum(sum);
             if (lane == 0) partial[set][d - group][w][warp] = sum;
           }

@@ -81,12 +81,13 @@ def _check_embed_frames(arguments: Arguments, letters: dict[str, int]) -> None:
     op = "patch_embed_frames"
     _check_weight_dtype(op, arguments)
     check_frames(op, arguments["frames"], arguments["patch_size"], arguments["merge_size"])
-    area = arguments["patch_size"] ** 2
+    p = arguments["patch_size"]
+    area = p**2
     channels, rest = letters["L"] // area, letters["L"] % area
     if rest or letters["C"] not in (1, channels):
         fail(
             op, "weight", f"shape {list(arguments['weight'].shape)}",
-            f"[E, C*{arguments['patch_size']}*{arguments['patch_size']}] for C={letters['C']} (or any C for gray frames)",
+            f"[E, C*{p}*{p}] for C={letters['C']} (or any C for gray frames)",
         )  # fmt: skip
     _check_norm(op, arguments, channels)
     _check_window(op, arguments)
