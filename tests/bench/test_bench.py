@@ -1,0 +1,187 @@
+"""The main job and the device run as commands: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import baselines, report
+from bench.results import check, load_results, row, write_results
+from bench.timing import Timing, interleave, summarize
+from hulukern.pruning import RULES, prune_frames
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **env}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("quick")
+    clip = folder / "frames"
+    clip.mkdir()
+    from PIL import Image
+
+    for t in range(3):
+        Image.fromarray(np.random.default_rng(t).integers(0, 256, (60, 90), np.uint8)).save(clip / f"{t}.png")
+    out = folder / "out"
+    arguments = ("--seconds", "0.2", "--max-frames", "6", "--input", str(clip), "--out", str(out))
+    done = bench("quick", *arguments, "--picture", str(folder / "p.png"))
+    assert done.returncode == 0, done.stderr
+    assert (folder / "p.png").stat().st_size > 1000
+    return out, done.stdout
+
+
+def test_quick_writes_rows_and_checks_for_every_input_rule_and_op(quick: tuple[Path, str]) -> None:
+    data = load_results(quick[0] / "quick.json")
+    names = {i["name"] for i in data["inputs"]}
+    assert names == {"echo", "echo-1fps", "echo-4s-1fps", "mr", "frames"}
+    assert {(o["input"], o["rule"]) for o in data["pruning"]} == {(n, r) for n in names for r in (*RULES, "random")}
+    checks = {c["name"]: c for c in data["checks"]}
+    assert {"frontend_vs_torch", "call_overhead_us", "reduction_mr_previous", "copy_share_token_compact"} <= set(checks)
+    for o in data["pruning"]:
+        assert o["reduction"] == pytest.approx(1 - o["after"] / o["before"])
+        if o["rule"] == "bounded":
+            assert o["drift_max"] <= 0.1 + 1e-6
+            assert o["lost"] == 0
+        if o["rule"] == "budget":
+            assert o["after"] == o["before"] * 45 // 100
+            assert checks[f"reduction_{o['input']}_budget"]["met"]
+    for r in data["rows"]:
+        assert 0 < r["low_s"] <= r["median_s"] <= r["high_s"]
+
+
+def test_quick_prints_every_rule_and_where_it_wrote(quick: tuple[Path, str]) -> None:
+    out, text = quick
+    for word in (*RULES, "random", "frontend_vs_torch", "55 %", str(out / "quick.json"), str(out / "report.html")):
+        assert word in text, word
+
+
+def test_every_number_in_the_report_is_in_the_json(quick: tuple[Path, str]) -> None:
+    page = (quick[0] / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page loads something"
+    data = load_results(quick[0] / "quick.json")
+    for table in (report.pruning_table(data), report.op_table(data), report.check_table(data)):
+        for line in table:
+            for cell in line:
+                assert f">{cell}</t" in page
+    assert page.count("<figure>") == len(data["inputs"]) * len(RULES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("quick", "--input", "/nowhere/x.dcm"), "/nowhere/x.dcm: has nothing there, expected"),
+        (("quick", "--input", str(ROOT / "README.md")), "an unknown type"),
+        (("quick", "--seconds", "0"), "expected above 0"),
+        (("quick", "--seconds", "nan"), "expected above 0"),
+        (("quick", "--max-frames", "-1"), "expected above 0"),
+        (("quick", "--out", str(ROOT / "README.md")), "expected a folder"),
+        (("device", "--seconds", "-1"), "expected above 0"),
+        (("nonsense",), "invalid choice"),
+        ((), "required"),
+    ],
+)
+def test_bad_arguments_exit_2_without_a_traceback(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    out = () if "--out" in arguments or arguments[:1] != ("quick",) else ("--out", str(tmp_path / "out"))
+    done = bench(*arguments, *out)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists(), "half-written"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_device_run_without_a_gpu_says_so() -> None:
+    done = bench("device", "--no-tests")
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+
+
+def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--no-tests", "--seconds", "0.01", "--op", "token_score", "--op", "patch_embed")
+    done = bench("device", *arguments, OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = load_results(tmp_path / "device.json")
+    found = {(r["op"], r["direction"], r["impl"]) for r in data["rows"]}
+    assert {("token_score", "fwd", "cpu"), ("patch_embed", "bwd", "cpu"), ("patch_embed", "fwd", "torch")} <= found
+    assert "of copy" in done.stdout
+    from bench.device import smallest_of_each
+
+    smallest_of_each("cpu")
+
+
+def test_device_script_is_valid_shell() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "bench/device.sh")], check=True)
+    assert os.access(ROOT / "bench/device.sh", os.X_OK)
+
+
+def test_the_baseline_front_end_is_the_references() -> None:
+    frames = torch.randint(0, 256, (4, 56, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    patches, keep = baselines.frontend(frames)
+    assert torch.equal(keep, prune_frames(frames, rule="previous", backend="reference").keep)
+    assert patches.shape == (int(keep.sum()), 4 * 588)
+
+
+def test_intervals_are_order_statistics() -> None:
+    t = summarize([float(i) for i in range(1, 101)])
+    assert (t.median, t.low, t.high, t.n) == (50.5, 40, 61, 100)
+    assert summarize([3.0]) == Timing(3.0, 3.0, 3.0, 1)
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        s = summarize(rng.exponential(size=25).tolist())
+        inside += s.low <= math.log(2) <= s.high
+    assert inside / 400 > 0.93
+    with pytest.raises(ValueError, match="0 entries"):
+        summarize([])
+
+
+def test_implementations_take_turns_and_results_are_not_reused() -> None:
+    calls: list[str] = []
+
+    def run(name: str) -> torch.Tensor:
+        calls.append(name)
+        return torch.zeros(4)
+
+    rounds = interleave({n: (lambda n=n: run(n)) for n in "ab"}, seconds=0, min_rounds=9, warmups=1)
+    assert len(rounds.seconds["a"]) == len(rounds.seconds["b"]) == 9
+    for i in range(0, len(calls), 2):
+        assert set(calls[i : i + 2]) == {"a", "b"}
+    assert {calls[i] for i in range(2, len(calls), 2)} == {"a", "b"}, "the order never changed"
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    t = Timing(2.0, 1.0, 3.0, 7)
+    write_results(path, [row("op", "c", "f32", "fwd", "cpu", t, 8)], [check("x", 1.0, 0.9, 1.1, 1.05)], more=1)
+    before = path.read_text()
+    assert not load_results(path)["checks"][0]["met"]
+    with pytest.raises(ValueError, match=r"rows\[0\]"):
+        write_results(path, [{"op": "x"}], [])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(path, [], [check("x", float("nan"), 0, 0, 1)])
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [], "checks": {}}', json.dumps({"rows": [1], "checks": []})])
+def test_foreign_result_files_are_refused_by_name(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"r\.json: .*expected"):
+        load_results(path)
