@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
-from hulukern.validation import fail
+from hulukern.spec import Arguments
+from hulukern.validation import dtype_name, fail
 
 GridTHW = torch.Tensor | Sequence[Sequence[int]]
 
@@ -81,3 +83,29 @@ def native_target(x: torch.Tensor) -> tuple[bool, int]:
     if x.is_cuda:
         return True, torch.cuda.current_stream(x.device).cuda_stream
     return False, torch.get_num_threads()
+
+
+def check_same_dtype(op: str, arguments: Arguments, name: str, like: str) -> None:
+    """A tensor argument, where it is given, must have another's dtype."""
+    x, expected = arguments[name], arguments[like].dtype
+    if x is not None and x.dtype != expected:
+        fail(op, name, f"dtype {dtype_name(x.dtype)}", f"{dtype_name(expected)} as {like}", TypeError)
+
+
+def check_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor, n_rows: int) -> None:
+    """``[S+1]`` from 0 to N, never falling; looked at only where that does not stall a device."""
+    if cu_seqlens.shape[0] < 1:
+        fail(op, name, "0 entries", "S+1")
+    if cu_seqlens.device.type != "cpu":
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != n_rows:
+        fail(op, name, f"ends {ends[0]} .. {ends[-1]}", f"0 .. N={n_rows}")
+    for a, b in pairwise(ends):
+        if b < a:
+            fail(op, name, f"{a} before {b}", "it never to fall")
+
+
+def rstd_of(rows: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / standard deviation over the last dimension, which LayerNorm multiplies with."""
+    return ((rows - rows.mean(-1, keepdim=True)).square().mean(-1) + eps).rsqrt()

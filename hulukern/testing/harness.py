@@ -153,9 +153,10 @@ def graph(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: i
 def _gradients(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: int) -> dict[str, torch.Tensor]:
     g = graph(op, arguments, run, seed)
     grads = torch.autograd.grad(g.outputs, g.leaves, g.upstream, allow_unused=True)
-    missing = [name for name, x in zip(g.names, grads, strict=True) if x is None]
+    missing = [name for name, x, leaf in zip(g.names, grads, g.leaves, strict=True) if x is None and leaf.numel()]
     assert not missing, f"{op.name}: no gradient for {missing}"
-    return dict(zip(g.names, grads, strict=True))
+    filled = [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(grads, g.leaves, strict=True)]
+    return dict(zip(g.names, filled, strict=True))
 
 
 def _plain(op: Op) -> Callable[..., Any]:

@@ -79,11 +79,15 @@ def test_every_op_has_the_awkward_cases(op: Op) -> None:
     assert op.perf_cases, f"{op.name} has nothing to be timed on"
 
 
-BAD = [pytest.param(op, bad, id=f"{op.name}-{bad.name}") for op in SPECS for bad in op.bad_calls]
+BAD = [
+    pytest.param(op, bad, backend, id=f"{op.name}-{bad.name}-{backend}")
+    for op in SPECS
+    for bad in op.bad_calls
+    for backend in backends(op)
+]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("op", "bad"), BAD)
+@pytest.mark.parametrize(("op", "bad", "backend"), BAD)
 def test_bad_call(op: Op, bad, backend: str) -> None:  # type: ignore[no-untyped-def]
     arguments = bad.change(harness.sample(op, op.cases[0], op.dtypes[0], "cpu"))
     with pytest.raises(bad.error) as caught:
@@ -100,7 +104,7 @@ def test_wrong_dtype_shape_and_device_name_the_argument(op: Op, tensor) -> None:
     """What every tensor argument of every op refuses, whatever its spec's own bad calls say."""
     arguments = harness.sample(op, op.cases[0], op.dtypes[0], "cpu")
     if arguments[tensor.name] is None:
-        arguments[tensor.name] = torch.zeros(2, dtype=torch.int32)
+        arguments[tensor.name] = torch.zeros([2] * len(tensor.shape.split()), dtype=tensor.dtypes[0])
 
     def changed(change):  # type: ignore[no-untyped-def]
         value = arguments[tensor.name]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+import wrong_encoder_kernels
 
 from hulukern.ops.patch_embed import reference as patch_embed
 from hulukern.ops.token_compact import reference as token_compact
@@ -340,6 +341,7 @@ def normalize_one_mean_for_all(patches: Any, channels: int, mean: Any, std: Any,
 
 
 BY_OP: dict[str, tuple[Kernel, ...]] = {
+    **wrong_encoder_kernels.BY_OP,
     "token_score": (
         score_first_frame_zero,
         score_sum_instead_of_mean,

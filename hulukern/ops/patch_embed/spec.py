@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hulukern.ops.common import FLOATS, check_frames
+from hulukern.ops.common import FLOATS, check_frames, check_same_dtype
 from hulukern.ops.patch_embed import reference
 from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
 from hulukern.validation import fail
@@ -63,15 +63,9 @@ def _check_cut(arguments: Arguments, letters: dict[str, int]) -> None:
         fail(op, "frames", f"C={letters['C']}", f"1 or {channels} channels")
 
 
-def _check_weight_dtype(op: str, arguments: Arguments) -> None:
-    weight, bias = arguments["weight"], arguments["bias"]
-    if bias is not None and bias.dtype != weight.dtype:
-        fail(op, "bias", f"dtype {bias.dtype}", f"{weight.dtype} as weight", TypeError)
-
-
 def _check_embed(arguments: Arguments, letters: dict[str, int]) -> None:
     op = "patch_embed"
-    _check_weight_dtype(op, arguments)
+    check_same_dtype(op, arguments, "bias", "weight")
     _check_norm(op, arguments, arguments["channels"])
     if letters["L"] % arguments["channels"]:
         fail(op, "patches", f"L={letters['L']}", f"a multiple of {arguments['channels']} channels")
@@ -79,7 +73,7 @@ def _check_embed(arguments: Arguments, letters: dict[str, int]) -> None:
 
 def _check_embed_frames(arguments: Arguments, letters: dict[str, int]) -> None:
     op = "patch_embed_frames"
-    _check_weight_dtype(op, arguments)
+    check_same_dtype(op, arguments, "bias", "weight")
     check_frames(op, arguments["frames"], arguments["patch_size"], arguments["merge_size"])
     p = arguments["patch_size"]
     area = p**2
