@@ -1,0 +1,149 @@
+"""Configurations as the released checkpoints write them: the decoder's keys at the top, the encoder's nested."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+
+@strict
+class HuluMedVisionConfig(PreTrainedConfig):
+    """The vision encoder. Defaults are those of every released size (SigLIP-so400m)."""
+
+    model_type = "hulumed_vision"
+    base_config_key = "vision_encoder_config"
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    patch_size: int = 14
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    image_mean: float = 0.5
+    image_std: float = 0.5
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        name = "HuluMedVisionConfig"
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            _refuse(
+                name, f"hidden_size {self.hidden_size} and {self.num_attention_heads} heads",
+                "a head_dim divisible by 4, for two axes of rotated pairs",
+            )  # fmt: skip
+        if self.hidden_act not in ("gelu_pytorch_tanh", "gelu_tanh"):
+            _refuse(name, f"hidden_act {self.hidden_act!r}", "'gelu_pytorch_tanh'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class HuluMedConfig(PreTrainedConfig):
+    """What the released config adds to its decoder's. Use :meth:`from_pretrained`, which returns
+    :class:`HuluMedQwen2Config` or :class:`HuluMedQwen3Config`.
+
+    image_token_index: id of ``<image>``, one per visual token; it differs between the sizes, so there is
+    no default. use_token_compression: whether clips are pruned. pruning: the arguments of
+    :func:`hulukern.pruning.prune_patches` for that, ``{"rule": "previous"}`` unless said; the released
+    code's own defects come with ``{"rule": "released"}``.
+    """
+
+    sub_configs = {"vision_encoder_config": HuluMedVisionConfig}
+
+    vision_encoder_config: Any = None
+    mm_projector_type: str = "mlp2x_gelu"
+    image_token_index: int | None = None
+    use_token_compression: bool = True
+    pruning: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = self.vision_encoder_config
+        if given is None:
+            self.vision_encoder_config = HuluMedVisionConfig()
+        elif isinstance(given, dict):
+            self.vision_encoder_config = HuluMedVisionConfig(**{k: v for k, v in given.items() if k != "model_type"})
+        elif not isinstance(given, HuluMedVisionConfig):
+            _refuse("HuluMedConfig", f"vision_encoder_config of type {type(given).__name__}", "a dictionary")
+        if self.mm_projector_type != "mlp2x_gelu":
+            _refuse("HuluMedConfig", f"mm_projector_type {self.mm_projector_type!r}", "'mlp2x_gelu'")
+        if self.pruning is None:
+            self.pruning = {"rule": "previous"}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str], **kwargs: Any) -> HuluMedConfig:  # type: ignore[override]
+        """Read a folder's ``config.json``: either released layout, or transformers' ``video_llama_3``.
+
+        Raises:
+            ValueError: another ``model_type``, or no id for the image token.
+        """
+        data, kwargs = PreTrainedConfig.get_config_dict(directory, **kwargs)
+        return config_from_dict(data, str(Path(directory) / "config.json"), **kwargs)
+
+
+@strict
+class HuluMedQwen2Config(HuluMedConfig, Qwen2Config):
+    model_type = "hulumed_qwen2"
+
+
+@strict
+class HuluMedQwen3Config(HuluMedConfig, Qwen3Config):
+    model_type = "hulumed_qwen3"
+
+
+FAMILIES = {"qwen2": HuluMedQwen2Config, "qwen3": HuluMedQwen3Config}
+
+
+def config_from_dict(data: dict[str, Any], source: str, **overrides: Any) -> HuluMedConfig:
+    """A config from the dictionary in ``source``, which error messages name."""
+    kind = data.get("model_type")
+    if kind == "video_llama_3":
+        data = _from_video_llama_3(data, source)
+        kind = data["model_type"]
+    family = next((f for f in FAMILIES if kind == f"hulumed_{f}"), None)
+    if family is None:
+        wanted = ", ".join(f"'hulumed_{f}'" for f in FAMILIES)
+        _refuse(source, f"model_type {kind!r}", f"{wanted} or 'video_llama_3'")
+    data = {k: v for k, v in data.items() if k not in ("model_type", "architectures", "transformers_version")}
+    if isinstance(data.get("vision_encoder_config"), str):
+        del data["vision_encoder_config"]  # the original layout names a path; every released encoder is the default
+    try:
+        config = FAMILIES[family](**{**data, **overrides})
+    except Exception as error:  # a value of the wrong type, by huggingface_hub's checks or ours
+        raise ValueError(f"{source}: has a value that does not fit ({' '.join(str(error).split())})") from None
+    if config.image_token_index is None:
+        _refuse(source, "no image_token_index", "the id of the image token")
+    return config
+
+
+def _from_video_llama_3(data: dict[str, Any], source: str) -> dict[str, Any]:
+    text, vision = dict(data.get("text_config") or {}), dict(data.get("vision_config") or {})
+    rope = vision.pop("rope_parameters", None) or {}
+    known = {k: v for k, v in vision.items() if k in HuluMedVisionConfig.__dataclass_fields__}
+    family = text.pop("model_type", "qwen2")
+    if family not in FAMILIES:
+        _refuse(source, f"text_config.model_type {family!r}", " or ".join(map(repr, FAMILIES)))
+    text["tie_word_embeddings"] = text.get("tie_word_embeddings", False) or data.get("tie_word_embeddings", False)
+    return {
+        **text,
+        "model_type": f"hulumed_{family}",
+        "image_token_index": data.get("image_token_id"),
+        "vision_encoder_config": {**known, "rope_theta": rope.get("rope_theta", 10000.0)},
+    }
+
+
+def _refuse(source: str, came: str, expected: str) -> NoReturn:
+    raise ValueError(f"{source}: has {came}, expected {expected}")
+
+
+AutoConfig.register("hulumed_vision", HuluMedVisionConfig, exist_ok=True)
+for _config in FAMILIES.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)

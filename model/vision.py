@@ -1,0 +1,247 @@
+"""The vision encoder: patches of any number of images, clips and volumes, packed into one sequence.
+
+Every step is a hulukern op or a linear layer. Where the caller knows which cells survive pruning, the last
+layer's queries, output projection and MLP, the final norm and the merge run for those only; attention still
+sees every key, so the result equals computing everything and dropping later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import hulukern
+from hulukern.ops.common import GridTHW, flat_grid_thw
+from hulukern.validation import require
+from model.config import HuluMedVisionConfig
+
+
+class Rows(NamedTuple):
+    """Packed rows: their coordinates and where frames begin and end."""
+
+    positions: torch.Tensor  # [N, 2] i32
+    cu_seqlens: torch.Tensor  # [S+1] i32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the encoder must know of a batch beside its pixels, made on the host from grids.
+
+    ``kept`` names the rows of the surviving cells' patches, ``survivors`` describes them; None keeps all.
+    ``merges`` lists (rows, merge_size) of runs of surviving rows with one merge size.
+    """
+
+    rows: Rows
+    merges: tuple[tuple[int, int], ...]
+    kept: torch.Tensor | None = None  # [K] i64
+    survivors: Rows | None = None
+
+
+def plan(
+    grid_thw: GridTHW,
+    merge_sizes: Sequence[int],
+    keep: torch.Tensor | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """The plan of a batch.
+
+    Args:
+        grid_thw: ``[G, 3]`` on the host. merge_sizes: one per grid.
+        keep: bool ``[V]``, one per cell of all grids in order. Reading it waits for the mask, which needs the
+            pixels only: call this before the encoder is launched.
+    """
+    sizes = flat_grid_thw("plan", grid_thw)
+    grids = list(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
+    positions = hulukern.grid_positions(grid_thw, merge_sizes)
+    ends = hulukern.grid_cu_seqlens(grid_thw)
+    rows = Rows(positions.to(device), ends.to(device))
+    counts = [t * h * w for t, h, w in grids]
+    if keep is None:
+        return Plan(rows, _runs(counts, merge_sizes))
+    cells = [n // m**2 for n, m in zip(counts, merge_sizes, strict=True)]
+    require(keep.shape == (sum(cells),), "plan", "keep", f"shape {list(keep.shape)}", f"[{sum(cells)}], one a cell")
+    parts = keep.cpu().split(cells)
+    by_row = torch.cat([part.repeat_interleave(m**2) for part, m in zip(parts, merge_sizes, strict=True)])
+    kept = by_row.nonzero().flatten()
+    survivors = Rows(positions[kept].to(device), torch.searchsorted(kept, ends).int().to(device))
+    left = [int(part.sum()) * m**2 for part, m in zip(parts, merge_sizes, strict=True)]
+    return Plan(rows, _runs(left, merge_sizes), kept.to(device), survivors)
+
+
+def _runs(counts: Sequence[int], merge_sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    for n, m in zip(counts, merge_sizes, strict=True):
+        if runs and runs[-1][1] == m:
+            runs[-1] = (runs[-1][0] + n, m)
+        else:
+            runs.append((n, m))
+    return tuple(runs)
+
+
+class HuluMedVisionEmbeddings(nn.Module):
+    def __init__(self, config: HuluMedVisionConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=True
+        )
+        self.mean, self.std = [config.image_mean] * config.num_channels, [config.image_std] * config.num_channels
+
+    def forward(self, pixel_values: torch.Tensor, backend: str | None) -> torch.Tensor:
+        conv = self.patch_embedding
+        norm: dict[str, Any] = {"mean": self.mean, "std": self.std} if pixel_values.dtype == torch.uint8 else {}
+        return hulukern.patch_embed(pixel_values, conv.weight, conv.bias, backend=backend, **norm)
+
+
+class HuluMedVisionAttention(nn.Module):
+    def __init__(self, config: HuluMedVisionConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.theta = config.num_attention_heads, config.head_dim, config.rope_theta
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(
+        self, h: torch.Tensor, rows: Rows, survivors: Rows | None, kept: torch.Tensor | None, backend: str | None
+    ) -> torch.Tensor:
+        """``[N, E]`` -> ``[N, E]``, or ``[K, E]`` for the kept rows."""
+        heads = (-1, self.num_heads, self.head_dim)
+        q = self.q_proj(h if kept is None else h[kept]).view(heads)
+        k, v = self.k_proj(h).view(heads), self.v_proj(h).view(heads)
+        queries = {} if survivors is None else dict(zip(("positions_q", "cu_seqlens_q"), survivors, strict=True))
+        out = hulukern.rope_attention(q, k, v, *rows, theta=self.theta, backend=backend, **queries)
+        return self.out_proj(out.flatten(1))
+
+
+class HuluMedVisionMLP(nn.Module):
+    def __init__(self, config: HuluMedVisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, h: torch.Tensor, backend: str | None) -> torch.Tensor:
+        return self.fc2(hulukern.bias_gelu(F.linear(h, self.fc1.weight), self.fc1.bias, backend=backend))
+
+
+class HuluMedVisionLayer(GradientCheckpointingLayer):
+    """A pre-norm block. The residual travels as a sum not yet taken, x + delta, since the next norm takes it."""
+
+    def __init__(self, config: HuluMedVisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = HuluMedVisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HuluMedVisionMLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [N, E]
+        delta: torch.Tensor | None,  # [N, E]
+        rows: Rows,
+        survivors: Rows | None,
+        kept: torch.Tensor | None,
+        backend: str | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # the next x and delta, [N, E] or [K, E]
+        first, second = self.layer_norm1, self.layer_norm2
+        if delta is None:
+            h = hulukern.layer_norm(x, first.weight, first.bias, eps=first.eps, backend=backend)
+        else:
+            h, x = hulukern.layer_norm(delta, first.weight, first.bias, residual=x, eps=first.eps, backend=backend)
+        attended = self.self_attn(h, rows, survivors, kept, backend)
+        x = x if kept is None else x[kept]
+        h, x = hulukern.layer_norm(attended, second.weight, second.bias, residual=x, eps=second.eps, backend=backend)
+        return x, self.mlp(h, backend)
+
+
+class HuluMedVisionEncoder(nn.Module):
+    def __init__(self, config: HuluMedVisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(HuluMedVisionLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class HuluMedVisionModel(PreTrainedModel):
+    """``pixel_values [N, C·P·P]`` to one row per (surviving) cell.
+
+    ``backend`` names the implementation of every op, None chooses by device; it may be set at any time.
+    """
+
+    config_class = HuluMedVisionConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "vision_encoder"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HuluMedVisionLayer"]
+
+    def __init__(self, config: HuluMedVisionConfig, backend: str | None = None) -> None:
+        super().__init__(config)
+        self.backend = backend
+        self.embeddings = HuluMedVisionEmbeddings(config)
+        self.encoder = HuluMedVisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: GridTHW,
+        merge_sizes: Sequence[int] | torch.Tensor,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Encode packed patches.
+
+        Args:
+            pixel_values: ``[N, C·P·P]`` in merge-block order, uint8 pixels (normalised here) or normalised floats.
+            grid_thw: ``[G, 3]`` (t, h, w) in patches, on the host; frames attend to themselves only.
+            merge_sizes: ``[G]``.
+            keep: bool ``[V]``: the cells that survive pruning, in order; None is all.
+
+        Returns:
+            ``[V, E]``, or ``[K, E]`` for the kept cells: equal to ``forward(...)[keep]``.
+
+        Raises:
+            ValueError: grids that do not match N, or are no whole cells.
+        """
+        merges = [int(m) for m in merge_sizes]
+        total = sum(t * h * w for t, h, w in torch.as_tensor(grid_thw).reshape(-1, 3).tolist())
+        n = pixel_values.shape[0]
+        require(total == n, "HuluMedVisionModel", "grid_thw", f"{total} patches in all", f"N={n} from pixel_values")
+        return self.encode(pixel_values, plan(grid_thw, merges, keep, device=pixel_values.device))
+
+    def encode(self, pixel_values: torch.Tensor, p: Plan) -> torch.Tensor:
+        """:meth:`forward` on a plan: no host work, hence ``torch.compile(model.encode, fullgraph=True)``."""
+        x = self.embeddings(pixel_values, self.backend)
+        delta: torch.Tensor | None = None
+        last = len(self.encoder.layers) - 1
+        for i, layer in enumerate(self.encoder.layers):
+            chosen = (p.survivors, p.kept) if i == last else (None, None)
+            x, delta = layer(x, delta, p.rows, *chosen, self.backend)
+        if delta is not None:
+            x = x + delta
+        norm, parts, row = self.post_layernorm, [], 0
+        for n, m in p.merges:
+            block = x[row : row + n]
+            row += n
+            parts.append(
+                hulukern.spatial_merge(
+                    block, norm.weight, norm.bias, merge_size=m, eps=norm.eps, backend=self.backend
+                )
+            )  # fmt: skip
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else x[:0]
+
+    def hidden_states(self, pixel_values: torch.Tensor, p: Plan) -> list[torch.Tensor]:
+        """After the embedding and after every layer, ``[N, E]`` each, nothing pruned: for verification."""
+        x = self.embeddings(pixel_values, self.backend)
+        delta: torch.Tensor | None = None
+        states = [x]
+        for layer in self.encoder.layers:
+            x, delta = layer(x, delta, p.rows, None, None, self.backend)
+            states.append(x + delta)
+        return states
+
+
+AutoModel.register(HuluMedVisionConfig, HuluMedVisionModel, exist_ok=True)
