@@ -104,8 +104,9 @@ class HuluMedVisionAttention(nn.Module):
     def __init__(self, config: HuluMedVisionConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.theta = config.num_attention_heads, config.head_dim, config.rope_theta
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+        width = config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.out_proj = nn.Linear(width, width)
 
     def forward(
         self, h: torch.Tensor, rows: Rows, survivors: Rows | None, kept: torch.Tensor | None, backend: str | None
@@ -222,16 +223,14 @@ class HuluMedVisionModel(PreTrainedModel):
             x, delta = layer(x, delta, p.rows, *chosen, self.backend)
         if delta is not None:
             x = x + delta
-        norm, parts, row = self.post_layernorm, [], 0
-        for n, m in p.merges:
-            block = x[row : row + n]
-            row += n
-            parts.append(
-                hulukern.spatial_merge(
-                    block, norm.weight, norm.bias, merge_size=m, eps=norm.eps, backend=self.backend
-                )
-            )  # fmt: skip
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else x[:0]
+        norm = self.post_layernorm
+        options = {"eps": norm.eps, "backend": self.backend}
+        blocks = x.split([n for n, _ in p.merges])
+        parts = [
+            hulukern.spatial_merge(block, norm.weight, norm.bias, merge_size=m, **options)
+            for block, (_, m) in zip(blocks, p.merges, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
 
     def hidden_states(self, pixel_values: torch.Tensor, p: Plan) -> list[torch.Tensor]:
         """After the embedding and after every layer, ``[N, E]`` each, nothing pruned: for verification."""
