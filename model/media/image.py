@@ -99,7 +99,7 @@ def from_memory(data: Any, kind: str, how: Reading) -> Clip:
             refuse(source, "frames of different sizes", "one size")
         return Clip(np.concatenate([p.frames for p in parts]), source, kind, parts[0].form)
     if isinstance(data, Image.Image):
-        return Clip(_pixels(source, data)[None], source, kind, "image")
+        return Clip(_pixels(source, data)[None], source, IMAGE, "image")
     array = np.asarray(data.detach().cpu() if hasattr(data, "detach") else data)
     frames = _channels_last(source, array, kind)
     check_size(source, *frames.shape)
