@@ -27,7 +27,9 @@ from bench.timing import Rounds, Timing, interleave, summarize
 from hulukern.pruning import RULES, Pruned, drift, prune_frames
 from hulukern.testing.harness import call, sample
 from hulukern.validation import dtype_name
-from model.inputs import Clip, load_frames, resize_frames
+from model.media import Clip, load_frames
+from model.media.clip import thin
+from model.sizing import frame_size, resize_frames
 
 TARGET_REDUCTION = 0.55
 BUDGET_PERCENT = 45  # kept, rounded down: the target is reached
@@ -84,14 +86,14 @@ def read_inputs(extra: Sequence[str], max_frames: int) -> list[Input]:
     decoded: dict[Path, Clip] = {}
     inputs = []
     for name, (path, fps) in wanted.items():
-        clip = decoded.get(path) or load_frames(path)
+        clip = decoded.get(path) or load_frames(path, fps=None, max_frames=None, num_slices=None)
         decoded[path] = clip
         clip = clip if fps is None else clip.at_fps(fps)
-        if len(clip.frames) > max_frames:
-            at = np.linspace(0, len(clip.frames) - 1, max_frames).round().astype(int)
-            clip = Clip(clip.frames[at], clip.source, clip.kind, None)
+        clip = clip.take(thin(np.arange(len(clip.frames)), max_frames))
+        T, H, W, _ = clip.frames.shape
+        size = frame_size(H, W, n_frames=T)
         start = time.perf_counter()
-        frames = torch.from_numpy(resize_frames(clip))
+        frames = torch.from_numpy(resize_frames(clip, size))
         inputs.append(Input(name, clip, frames, time.perf_counter() - start))
     return inputs
 
@@ -284,7 +286,7 @@ class Quick:
             "pruning": [asdict(o) for o in self.outcomes],
             "copy_bytes_per_s": self.copy_bytes_per_s,
             "inputs": [
-                {"name": i.name, "file": Path(i.clip.source).name, "kind": i.clip.kind, "size": list(i.frames.shape)}
+                {"name": i.name, "file": Path(i.clip.source).name, "kind": i.clip.form, "size": list(i.frames.shape)}
                 for i in self.inputs
             ],
         }

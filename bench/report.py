@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from bench.results import load_results
 from hulukern.pruning import RULES
+from model.pictures import contact_sheet, stack
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 Masks = Mapping[tuple[str, str], torch.Tensor]
 
 CELL = 28  # pixels of one token's side: patch 14, merge 2
-SHEET_FRAMES = 6
-SHADE = np.array([196, 54, 60], np.float32)  # dropped cells are mixed with this red
 
 STYLE = """
 :root{--ink:#1c2430;--soft:#5c6675;--line:#d9dee6;--paper:#fff;--panel:#f5f7fa;--good:#1a7f4b;--bad:#b3372f}
@@ -124,26 +122,10 @@ def _numeric(rows: list[list[str]], column: int) -> bool:
 # --- pictures ---------------------------------------------------------------------------------------------
 
 
-def contact_sheet(frames: torch.Tensor, keep: torch.Tensor) -> Image.Image:
-    """Evenly chosen frames [T, H, W, C] side by side, dropped cells mixed with red."""
-    T, H, W, _ = frames.shape
-    at = np.unique(np.linspace(0, T - 1, min(T, SHEET_FRAMES)).round().astype(int))
-    cells = keep.view(T, H // CELL, W // CELL)[at].numpy()
-    pictures = frames[at].numpy().astype(np.float32)
-    pictures = np.repeat(pictures, 3 // pictures.shape[-1], -1)
-    dropped = ~cells.repeat(CELL, 1).repeat(CELL, 2)
-    pictures[dropped] = 0.55 * pictures[dropped] + 0.45 * SHADE
-    gap = np.full((H, 4, 3), 128, np.float32)
-    strip = [x for p in pictures for x in (p, gap)][:-1]
-    return Image.fromarray(np.concatenate(strip, 1).round().astype(np.uint8))
-
-
 def save_picture(path: Path, source: Input, masks: Masks) -> None:
     """One input's first three rules under each other, for a README."""
     sheets = [contact_sheet(source.frames, masks[source.name, rule]) for rule in ("released", "previous", "bounded")]
-    whole = Image.new("RGB", (sheets[0].width, sum(s.height + 4 for s in sheets)), (128, 128, 128))
-    for i, sheet in enumerate(sheets):
-        whole.paste(sheet, (0, i * (sheet.height + 4)))
+    whole = stack(sheets)
     whole.thumbnail((1200, 1200))
     path.parent.mkdir(parents=True, exist_ok=True)
     whole.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)
@@ -260,7 +242,7 @@ def html(path: Path, inputs: list[Input], masks: Masks) -> str:
     sheets = []
     for source in inputs:
         size = "×".join(map(str, source.frames.shape))
-        sheets.append(f"<h3>{markup.escape(source.name)}</h3><p>{markup.escape(source.clip.kind)}, {size}</p>")
+        sheets.append(f"<h3>{markup.escape(source.name)}</h3><p>{markup.escape(source.clip.form)}, {size}</p>")
         for rule in RULES:
             found = next(o for o in data["pruning"] if (o["input"], o["rule"]) == (source.name, rule))
             caption = f"{rule}: {found['after']} of {found['before']} tokens, {100 * found['reduction']:.1f} % removed"

@@ -12,8 +12,8 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from model import inputs
-from model.inputs import Clip, frame_size, load_frames, resize_frames
+from model.media import clip as limits
+from model.media import load_frames
 
 
 def write_dicom(path: Path, pixels: np.ndarray, **more: object) -> Path:
@@ -54,9 +54,9 @@ def test_dicom_rescale_window_and_monochrome1(tmp_path: Path) -> None:
 
 
 def test_dicom_clip_has_times(tmp_path: Path) -> None:
-    clip = load_frames(write_dicom(tmp_path / "a.dcm", np.zeros((9, 4, 4), np.uint8), FrameTime=250.0))
+    clip = load_frames(write_dicom(tmp_path / "a.dcm", np.zeros((9, 4, 4), np.uint8), FrameTime=250.0), fps=None)
     assert clip.frames.shape == (9, 4, 4, 1)
-    assert clip.seconds_per_frame == 0.25
+    assert clip.times == tuple(0.25 * k for k in range(9))
     assert len(clip.at_fps(1.0).frames) == 3
     assert len(clip.at_fps(100.0).frames) == 9
 
@@ -85,10 +85,10 @@ def test_a_folder_in_name_order_and_a_video(tmp_path: Path) -> None:
     frames = load_frames(tmp_path).frames
     assert frames.shape == (3, 4, 8, 3)
     assert frames[:, 0, 0, 0].tolist() == [0, 50, 100]
-    clip = load_frames(write_video(tmp_path / "v.mp4", frames=10, rate=5))
+    clip = load_frames(write_video(tmp_path / "v.mp4", frames=10, rate=5), fps=None)
     assert clip.frames.shape == (10, 32, 48, 3)
-    assert clip.seconds_per_frame == pytest.approx(0.2)
-    assert len(load_frames(tmp_path / "v.mp4", fps=1.0).frames) == 2
+    assert clip.times == pytest.approx([0.2 * k for k in range(10)])
+    assert len(load_frames(tmp_path / "v.mp4").frames) == 2
 
 
 def write_video(path: Path, frames: int, rate: int) -> Path:
@@ -176,30 +176,8 @@ def test_bad_files_are_refused_by_name_in_one_line(kind: str, tmp_path: Path) ->
 
 
 def test_a_video_is_bounded_by_what_it_decodes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "MAX_PIXELS", 4 * 32 * 48 * 3)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 4 * 32 * 48 * 3)
+    path = write_video(tmp_path / "v.mp4", frames=10, rate=5)
     with pytest.raises(ValueError, match="at most"):
-        load_frames(write_video(tmp_path / "v.mp4", frames=10, rate=5))
-
-
-@pytest.mark.parametrize(
-    ("size", "n", "expected"),
-    [
-        ((512, 512), 32, (504, 504)),
-        ((512, 512), 64, (448, 448)),
-        ((512, 512), 160, (280, 280)),
-        ((512, 512), 180, (252, 252)),
-        ((512, 512), 1024, (112, 112)),
-        ((300, 200), 1, (308, 196)),
-        ((1, 1), 1, (112, 112)),
-    ],
-)
-def test_frame_sizes_of_the_released_rule(size: tuple[int, int], n: int, expected: tuple[int, int]) -> None:
-    assert frame_size(*size, n_frames=n) == expected
-
-
-def test_resize_is_pils_bicubic() -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), np.uint8)
-    out = resize_frames(Clip(frames, "x", "image"))
-    h, w = frame_size(50, 70, n_frames=2)
-    assert out.shape == (2, h, w, 3)
-    assert (out[1] == np.asarray(Image.fromarray(frames[1]).resize((w, h), Image.Resampling.BICUBIC))).all()
+        load_frames(path, fps=None)
+    assert len(load_frames(path, fps=None, max_frames=4).frames) == 4

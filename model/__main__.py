@@ -1,0 +1,39 @@
+"""``python -m model``: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+# Name -> (module with add_arguments(parser), run(options) -> int and EXAMPLES, one line of help). Imported when named.
+COMMANDS = {
+    "describe": ("model.describe", "what the processor makes of a file, and what each pruning rule keeps"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 bad input or arguments."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("python -m model", description="The reference Hulu-Med.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if arguments[:1] == [name]:
+            loaded = importlib.import_module(module)
+            command.description, command.epilog = loaded.__doc__, loaded.EXAMPLES
+            loaded.add_arguments(command)
+            command.set_defaults(run=loaded.run)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ValueError as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # a reader that had enough, as head
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

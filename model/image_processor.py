@@ -1,0 +1,69 @@
+"""Clips to patches: the visual half of the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import hulukern
+from model.media import IMAGE, Clip
+from model.sizing import MAX_TOKENS, MIN_TOKENS, PATCH, cut_patches, frame_sizes, resize_frames
+
+
+@dataclass(frozen=True)
+class Visual:
+    """G grids, one per clip, packed in order.
+
+    pixel_values: uint8 ``[N, 3 * P * P]`` patches in merge-block order. grid_thw: int64 ``[G, 3]``, frames and
+    patches down and across. merge_sizes: int64 ``[G]``. modals: ``"image"``, or ``"video"`` for videos and
+    volumes, per grid. tokens: per frame, clip after clip.
+    """
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    merge_sizes: torch.Tensor
+    modals: list[str]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class HuluMedImageProcessor:
+    """Resize, and cut into patches.
+
+    patch_size in pixels. max_tokens: budget of a call, after the merge, shared by all its frames;
+    min_tokens: of each frame. image_mean, image_std: in units of 0..1. released: the released code takes
+    Pillow's (width, height) for (height, width), so that pictures get the transposed aspect ratio.
+    """
+
+    patch_size: int = PATCH
+    min_tokens: int = MIN_TOKENS
+    max_tokens: int = MAX_TOKENS
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    released: bool = False
+
+    def sizes(self, clips: Sequence[Clip], merge_sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """(height, width) in pixels that each clip of one call is resized to."""
+        shapes = []
+        for clip in clips:
+            T, H, W, _ = clip.frames.shape
+            shapes.append((T, W, H) if self.released and clip.form == "image" else (T, H, W))
+        return frame_sizes(
+            shapes, merge_sizes, patch_size=self.patch_size, max_tokens=self.max_tokens, min_tokens=self.min_tokens
+        )
+
+    def __call__(self, clips: Sequence[Clip], merge_sizes: Sequence[int]) -> Visual:
+        """The clips of one call, at least one, which share the budget."""
+        patches, grids, tokens = [], [], []
+        for clip, m, (h, w) in zip(clips, merge_sizes, self.sizes(clips, merge_sizes), strict=True):
+            patches.append(cut_patches(resize_frames(clip, (h, w)), m, self.patch_size))
+            grids.append((len(clip.frames), h // self.patch_size, w // self.patch_size))
+            tokens += [h * w // (self.patch_size * m) ** 2] * len(clip.frames)
+        modals = ["image" if clip.kind == IMAGE else "video" for clip in clips]
+        return Visual(torch.cat(patches), torch.tensor(grids), torch.tensor(list(merge_sizes)), modals, tokens)
+
+    def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """uint8 patches as float32: (u8 / 255 - mean) / std."""
+        return hulukern.patch_embed_normalize(pixel_values, mean=self.image_mean, std=self.image_std)

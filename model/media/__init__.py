@@ -1,0 +1,90 @@
+"""Files to frames: DICOM, NIfTI, video and images, as :class:`Clip`, found out by content."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model.media import dicom, image, nifti, video
+from model.media.clip import IMAGE, VIDEO, VOLUME, WINDOWS, Clip, Pixels, Reading, Window, refuse
+from model.media.image import from_memory
+
+__all__ = [
+    "IMAGE", "VIDEO", "VOLUME", "WINDOWS", "Clip", "Pixels", "Reading", "Window", "from_memory", "load_frames",
+]  # fmt: skip
+
+HEAD = 352  # bytes that tell every kind: NIfTI's magic ends there
+
+
+def load_frames(path: str | Path, how: Reading | None = None, **options: Any) -> Clip:
+    """Read any supported file, or a folder that holds a DICOM series or images of one size.
+
+    DICOM: single, multi-frame, colour, palette and compressed; rescale slope; the header's window or
+    min-max over the whole file; MONOCHROME1 inverted. NIfTI: see :func:`model.media.nifti.load`. Video:
+    see :func:`model.media.video.load`. Images: Pillow's, upright by EXIF.
+
+    Args:
+        path: what it is, its content says; the name does not matter.
+        how: how to read; ``options`` are fields of :class:`Reading` that replace its own.
+
+    Raises:
+        ValueError: missing, empty, truncated or unknown file; no frames; frames of different sizes; NaN
+        or infinite values; a mixed series; a header that claims too much, a stream that inflates beyond it.
+    """
+    path = Path(path)
+    source = str(path)
+    how = replace(how or Reading(), **options)
+    if not path.exists():
+        refuse(source, "nothing there", "a file or a folder")
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+        series = [f for f in files if dicom.is_dicom(_head(f)) and f.name != "DICOMDIR"]
+        return dicom.load_series(path, series, how) if series else image.load_folder(path, files, how)
+    if not path.is_file():
+        refuse(source, "no regular file", "a file or a folder")
+    if path.stat().st_size == 0:
+        refuse(source, "0 bytes", "an image, DICOM, NIfTI or video file")
+    return _loader(path)(path, how)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _loader(path: Path) -> Any:
+    name, head = path.name.lower(), _head(path)
+    if dicom.is_dicom(head):
+        return dicom.load
+    if name.endswith((".nii", ".nii.gz")) or nifti.is_nifti(_inflated(path, head)):
+        return nifti.load
+    if name.endswith((".dcm", ".dicom")):
+        return dicom.load
+    if name.endswith(video.VIDEO_SUFFIXES) or video.is_video(head):
+        return video.load
+    if name.endswith(image.IMAGE_SUFFIXES) or _pillow_knows(path):
+        return image.load
+    refuse(str(path), "an unknown type", "DICOM, NIfTI (.nii, .nii.gz), a video or an image")
+
+
+def _inflated(path: Path, head: bytes) -> bytes:
+    if head[:2] != b"\x1f\x8b":
+        return head
+    try:
+        with gzip.open(path) as file:
+            return file.read(HEAD)
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def _pillow_knows(path: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            return True
+    except Exception:
+        return False
