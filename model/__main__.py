@@ -6,14 +6,19 @@ import argparse
 import importlib
 import sys
 
+from hulukern import BackendUnavailable
+
 # Name -> (module with add_arguments(parser), run(options) -> int and EXAMPLES, one line of help). Imported when named.
 COMMANDS = {
+    "verify": ("model.verify", "the model against numbers from the released code"),
+    "generate": ("model.generate", "answer a prompt about images, volumes and videos"),
+    "tiny": ("model.tiny", "write a small random checkpoint, to try everything without weights"),
     "describe": ("model.describe", "what the processor makes of a file, and what each pruning rule keeps"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input or arguments."""
+    """Exit codes: 0 done, 1 a check failed, 2 bad input or arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser("python -m model", description="The reference Hulu-Med.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -27,12 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except ValueError as error:
-        print(f"{options.command}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # a reader that had enough, as head
         sys.stderr.close()
         return 0
+    except (ValueError, OSError, BackendUnavailable) as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

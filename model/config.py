@@ -79,7 +79,7 @@ class HuluMedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_pretrained(cls, directory: str | PathLike[str], **kwargs: Any) -> HuluMedConfig:  # type: ignore[override]
+    def from_pretrained(cls, directory: str | PathLike[str], **kwargs: Any) -> HuluMedConfig:
         """Read a folder's ``config.json``: either released layout, or transformers' ``video_llama_3``.
 
         Raises:

@@ -44,7 +44,8 @@ class HuluMedProjector(nn.Module):
         self.readout = nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, x: torch.Tensor, backend: str | None) -> torch.Tensor:
-        first, _, second = self.readout
+        first: Any = self.readout[0]
+        second: Any = self.readout[2]
         h = hulukern.bias_gelu(F.linear(x, first.weight), first.bias, approximate="none", backend=backend)
         return second(h)
 

@@ -115,8 +115,11 @@ class HuluMedVisionAttention(nn.Module):
         heads = (-1, self.num_heads, self.head_dim)
         q = self.q_proj(h if kept is None else h[kept]).view(heads)
         k, v = self.k_proj(h).view(heads), self.v_proj(h).view(heads)
-        queries = {} if survivors is None else dict(zip(("positions_q", "cu_seqlens_q"), survivors, strict=True))
-        out = hulukern.rope_attention(q, k, v, *rows, theta=self.theta, backend=backend, **queries)
+        out = hulukern.rope_attention(
+            q, k, v, rows.positions, rows.cu_seqlens, theta=self.theta, backend=backend,
+            positions_q=None if survivors is None else survivors.positions,
+            cu_seqlens_q=None if survivors is None else survivors.cu_seqlens,
+        )  # fmt: skip
         return self.out_proj(out.flatten(1))
 
 
@@ -223,24 +226,26 @@ class HuluMedVisionModel(PreTrainedModel):
             x, delta = layer(x, delta, p.rows, *chosen, self.backend)
         if delta is not None:
             x = x + delta
-        norm = self.post_layernorm
-        options = {"eps": norm.eps, "backend": self.backend}
         blocks = x.split([n for n, _ in p.merges])
-        parts = [
-            hulukern.spatial_merge(block, norm.weight, norm.bias, merge_size=m, **options)
-            for block, (_, m) in zip(blocks, p.merges, strict=True)
-        ]
+        parts = [self._merged(block, m) for block, (_, m) in zip(blocks, p.merges, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
 
+    def _merged(self, x: torch.Tensor, merge_size: int) -> torch.Tensor:
+        """The final norm and the merge: rows of whole cells to one row per cell."""
+        norm = self.post_layernorm
+        return hulukern.spatial_merge(
+            x, norm.weight, norm.bias, merge_size=merge_size, eps=norm.eps, backend=self.backend
+        )
+
     def hidden_states(self, pixel_values: torch.Tensor, p: Plan) -> list[torch.Tensor]:
-        """After the embedding and after every layer, ``[N, E]`` each, nothing pruned: for verification."""
+        """After the embedding, every layer and the final norm, ``[N, E]`` each, nothing pruned: to verify."""
         x = self.embeddings(pixel_values, self.backend)
         delta: torch.Tensor | None = None
         states = [x]
         for layer in self.encoder.layers:
             x, delta = layer(x, delta, p.rows, None, None, self.backend)
             states.append(x + delta)
-        return states
+        return [*states, self._merged(states[-1], 1)]
 
 
 AutoModel.register(HuluMedVisionConfig, HuluMedVisionModel, exist_ok=True)
