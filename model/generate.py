@@ -62,12 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pruning_of(options: argparse.Namespace) -> dict[str, Any] | bool | None:
     """The options as the model's argument; None is the checkpoint's own."""
-    chosen = [
-        bool(options.no_pruning),
-        options.keep is not None,
-        options.rule is not None or options.threshold is not None,
-    ]
-    if sum(chosen) > 1:
+    by_rule = options.rule is not None or options.threshold is not None
+    if bool(options.no_pruning) + (options.keep is not None) + by_rule > 1:
         raise ValueError("generate: has more than one of --no-pruning, --keep and --rule, expected one")
     if options.no_pruning:
         return False
