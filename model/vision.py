@@ -58,6 +58,9 @@ def plan(
         keep: bool ``[V]``, one per cell of all grids in order. Reading it waits for the mask, which needs the
             pixels only: call this before the encoder is launched.
     """
+    # The released merge is a bilinear resize; it is the mean that spatial_merge takes for these two only.
+    for m in merge_sizes:
+        require(m in (1, 2), "plan", "merge_sizes", f"value {m}", "1 or 2")
     sizes = flat_grid_thw("plan", grid_thw)
     grids = list(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
     positions = hulukern.grid_positions(grid_thw, merge_sizes)
