@@ -165,16 +165,17 @@ def test_wrong_config_keys_name_the_file(change: dict, says: str, source: tuple[
 
 VISION = {"E": 1152, "F": 4304, "layers": 27}
 TRUE = {
-    "7B": {"family": "qwen2", "d": 3584, "layers": 28, "heads": 28, "kv": 4, "ffn": 18944, "head_dim": 128, "tied": False},
-    "4B": {"family": "qwen3", "d": 2560, "layers": 36, "heads": 32, "kv": 8, "ffn": 9728, "head_dim": 128, "tied": True},
-}  # fmt: skip
+    "7B": {"family": "qwen2", "d": 3584, "layers": 28, "heads": 28, "kv": 4, "ffn": 18944, "tied": False},
+    "4B": {"family": "qwen3", "d": 2560, "layers": 36, "heads": 32, "kv": 8, "ffn": 9728, "tied": True},
+}
+HEAD_DIM = 128  # of both decoders
 VOCAB = 152064
 
 
 def released_shapes(size: str) -> dict[str, list[int]]:
     """Keys and shapes of a released checkpoint, written down from its description, not from our modules."""
     s, E, F = TRUE[size], VISION["E"], VISION["F"]
-    d, q, kv = s["d"], s["heads"] * s["head_dim"], s["kv"] * s["head_dim"]
+    d, q, kv = s["d"], s["heads"] * HEAD_DIM, s["kv"] * HEAD_DIM
     v = "model.vision_encoder."
     shapes = {f"{v}embeddings.patch_embedding.weight": [E, 3, 14, 14], f"{v}embeddings.patch_embedding.bias": [E]}
     for i in range(VISION["layers"]):
@@ -196,7 +197,7 @@ def released_shapes(size: str) -> dict[str, list[int]]:
             if s["family"] == "qwen2":
                 shapes[f"{layer}self_attn.{name}.bias"] = [rows]
         if s["family"] == "qwen3":
-            shapes |= {f"{layer}self_attn.{n}.weight": [s["head_dim"]] for n in ("q_norm", "k_norm")}
+            shapes |= {f"{layer}self_attn.{n}.weight": [HEAD_DIM] for n in ("q_norm", "k_norm")}
         shapes[f"{layer}self_attn.o_proj.weight"] = [d, q]
         for name in ("gate_proj", "up_proj"):
             shapes[f"{layer}mlp.{name}.weight"] = [s["ffn"], d]
@@ -236,7 +237,7 @@ def test_a_checkpoint_of_the_true_size_loads_on_the_meta_device(size: str, tmp_p
                                   "num_attention_heads": 16, "patch_size": 14},
     }  # fmt: skip
     if s["family"] == "qwen3":
-        config["head_dim"] = s["head_dim"]
+        config["head_dim"] = HEAD_DIM
     (tmp_path / "config.json").write_text(json.dumps(config))
     model, info = HuluMedForConditionalGeneration.from_pretrained(
         tmp_path, device_map="meta", dtype=torch.bfloat16, output_loading_info=True
