@@ -19,7 +19,7 @@ from hulukern.pruning import RULES, prune_frames
 from model.image_processor import HuluMedImageProcessor
 from model.media import IMAGE, WINDOWS, Clip, Reading, Window, load_frames
 from model.media.nifti import PLANES
-from model.pictures import contact_sheet, stack
+from model.pictures import captioned, contact_sheet, stack
 from model.sizing import resize_frames
 
 EXAMPLES = """examples:
@@ -111,7 +111,8 @@ def describe(file: str, how: Reading, rules: Sequence[str]) -> tuple[Description
             keep = KEEP if rule == "budget" else None
             pruned = prune_frames(frames, rule=rule, merge_size=merge, keep=keep)
         kept.append(Kept(rule, int(pruned.keep.sum()), pruned.reduction))
-        sheets.append(contact_sheet(frames, pruned.keep, cell))
+        caption = f"{Path(file).name}: {rule}, {kept[-1].tokens} of {pruned.keep.numel()} tokens"
+        sheets.append(captioned(contact_sheet(frames, pruned.keep, cell), caption))
     return _described(file, clip, (height, width), processor.patch_size, merge, kept), sheets
 
 
@@ -154,7 +155,10 @@ def text(d: Description) -> str:
 def _fps(given: str) -> float | None:
     if given == "all":
         return None
-    fps = float(given)
+    try:
+        fps = float(given)
+    except ValueError:
+        fps = 0.0
     if not (fps > 0 and math.isfinite(fps)):
         raise argparse.ArgumentTypeError(f"has {given}, expected a number above 0, or all")
     return fps

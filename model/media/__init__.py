@@ -84,7 +84,7 @@ def _pillow_knows(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as found:
+            return min(found.size) > 0  # Pillow also names formats that it cannot decode
     except Exception:
         return False

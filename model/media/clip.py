@@ -20,6 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 1 << 30  # values T*H*W*C of one input, 1 GiB of uint8; checked before anything is decoded
 MAX_FRAMES = 20_000  # that a header may claim, or a folder hold
+MAX_TOLD = 160  # characters of a decoder's own words in a refusal
 MAX_TICKS = 10_000_000  # times that a rate asks for; beyond, all frames are candidates
 
 # Hounsfield windows as (centre, width), the usual presets of CT reading (Radiopaedia, "Windowing (CT)").
@@ -166,7 +167,9 @@ def reading(source: str, expected: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and ": has " in str(error) and ", expected " in str(error):
             raise
-        refuse(source, f"content that cannot be read ({type(error).__name__}: {error})", expected)
+        text = " ".join(str(error).split())
+        told = text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + " ..."
+        refuse(source, f"content that cannot be read ({type(error).__name__}: {told})", expected)
 
 
 def check_size(source: str, *sizes: int) -> None:

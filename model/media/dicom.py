@@ -39,13 +39,10 @@ def is_dicom(head: bytes) -> bool:
 
 def load(path: Path, how: Reading) -> Clip:
     """One file: an image; several frames are a video, or a volume where they have positions."""
-    import pydicom
-
     source = str(path)
     with reading(source, "a whole DICOM file with pixels"):
         check_axis(how.axis)
-        _check_deflated(path)
-        data = pydicom.dcmread(path)
+        data = _open(path)
         n = _check_header(source, data)
         frames_info = [_Slice(data, k) for k in range(n)]
         placed = n > 1 and all(s.position is not None for s in frames_info)
@@ -74,8 +71,6 @@ def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
 
     In the plane and orientation that it was acquired in, unless ``how.axis`` names one.
     """
-    import pydicom
-
     source = str(path)
     if len(files) > MAX_FRAMES:
         refuse(source, f"{len(files)} files", f"at most {MAX_FRAMES}")
@@ -83,8 +78,7 @@ def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
     check_axis(how.axis)
     for file in files:
         with reading(str(file), "a whole DICOM file with pixels"):
-            _check_deflated(file)
-            data = pydicom.dcmread(file, stop_before_pixels=True)
+            data = _open(file, stop_before_pixels=True)
             if "Rows" in data:
                 found.setdefault(str(data.get("SeriesInstanceUID")), []).append(_Slice(data, 0, file))
     if not found:
@@ -131,8 +125,6 @@ class _Slice:
 
 
 def _volume(source: str, members: Sequence[_Slice], how: Reading) -> Clip:
-    import pydicom
-
     at = np.arange(len(members)) if how.axis else thin(np.arange(len(members)), how.num_slices)
     height, width = members[0].size
     check_size(source, len(at), height, width, 1)
@@ -141,7 +133,7 @@ def _volume(source: str, members: Sequence[_Slice], how: Reading) -> Clip:
         one = members[k]
         name = source if one.file is None else str(one.file)
         with reading(name, "a whole DICOM file with pixels"):
-            data = one.data if one.file is None else pydicom.dcmread(one.file)
+            data = one.data if one.file is None else _open(one.file)
             pixels = next(_decode(name, data, [one.frame]))
             if pixels.ndim != 2:
                 refuse(name, "colour pixels", "gray slices of a volume")
@@ -220,6 +212,19 @@ def _check_header(source: str, data: Any) -> int:
     return n
 
 
+def _open(path: Path, **options: Any) -> Any:
+    """The data set; one without the preamble and meta header too, as old archives hold them."""
+    import pydicom
+
+    _check_deflated(path)
+    data = pydicom.dcmread(path, force=True, **options)
+    if "TransferSyntaxUID" not in data.file_meta:
+        implicit, little = data.original_encoding
+        explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+        data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+    return data
+
+
 def _check_deflated(path: Path) -> None:
     """A deflated file is inflated as a whole by whoever opens it: count first, in pieces."""
     import pydicom
@@ -242,6 +247,8 @@ def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -
     """The frames of these numbers, [H, W] or RGB [H, W, 3], one in memory at a time."""
     from pydicom.pixels import apply_color_lut, get_decoder, iter_pixels
 
+    if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        refuse(source, "no pixels", "a DICOM image")
     syntax = data.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated:
         try:
@@ -254,7 +261,9 @@ def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -
     for pixels in iter_pixels(data, indices=[int(k) for k in at]):  # YBR comes as RGB
         if palette:
             pixels = apply_color_lut(pixels, data)
-            pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+            if pixels.max() > 255:  # some writers fill 16-bit tables with 8-bit values
+                pixels = pixels >> 8
+            pixels = pixels.astype(np.uint8)
         yield pixels
 
 

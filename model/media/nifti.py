@@ -33,13 +33,13 @@ SLACK = 1 << 20  # bytes after the voxels that a file may pad itself with
 
 
 def is_nifti(head: bytes) -> bool:
-    return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] == b"n+2\0"
+    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"
 
 
 def load(path: Path, how: Reading) -> Clip:
     """Read a ``.nii`` or ``.nii.gz``.
 
-    The closest canonical orientation, slices from right to left, back to front or foot to head, anterior
+    The closest canonical orientation, slices from left to right, back to front or foot to head, anterior
     or superior up. With ``released``: axes, order and orientation as stored, every slice scaled by its
     own minimum and maximum (of the window, if one is given) as (x - min) / (max - min) * 255 in float64,
     cut to uint8, a constant slice black; slices chosen by rounding down. That is ``load_nii`` of the
