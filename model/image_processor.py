@@ -11,6 +11,8 @@ import hulukern
 from model.media import IMAGE, Clip
 from model.sizing import MAX_TOKENS, MIN_TOKENS, PATCH, cut_patches, frame_sizes, resize_frames
 
+MAX_STRETCH = 32.0  # that a header's spacing may ask for
+
 
 @dataclass(frozen=True)
 class Visual:
@@ -54,8 +56,8 @@ class HuluMedImageProcessor:
                 shapes.append((T, W, H) if clip.form == "image" else (T, H, W))
                 continue
             _, row_mm, column_mm = clip.spacing or (0.0, 1.0, 1.0)
-            longer = max(row_mm / column_mm, 1.0), max(column_mm / row_mm, 1.0)
-            shapes.append((T, round(H * longer[0]), round(W * longer[1])))
+            tall = min(max(row_mm / column_mm, 1 / MAX_STRETCH), MAX_STRETCH)
+            shapes.append((T, round(H * max(tall, 1.0)), round(W * max(1 / tall, 1.0))))
         return frame_sizes(
             shapes, merge_sizes, patch_size=self.patch_size, max_tokens=self.max_tokens, min_tokens=self.min_tokens
         )

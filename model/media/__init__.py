@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from model.media import dicom, image, nifti, video
-from model.media.clip import IMAGE, VIDEO, VOLUME, WINDOWS, Clip, Pixels, Reading, Window, refuse
+from model.media.clip import IMAGE, VIDEO, VOLUME, WINDOWS, Clip, Pixels, Reading, Window, hounsfield_windows, refuse
 from model.media.image import from_memory
 
 __all__ = [
-    "IMAGE", "VIDEO", "VOLUME", "WINDOWS", "Clip", "Pixels", "Reading", "Window", "from_memory", "load_frames",
+    "IMAGE", "VIDEO", "VOLUME", "WINDOWS", "Clip", "Pixels", "Reading", "Window", "from_memory", "hounsfield_windows",
+    "load_frames",
 ]  # fmt: skip
 
 HEAD = 352  # bytes that tell every kind: NIfTI's magic ends there

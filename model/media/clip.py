@@ -129,10 +129,21 @@ def window_range(window: Window) -> tuple[float, float]:
     return lo, hi
 
 
-def to_pixels(source: str, values: npt.NDArray[Any], lo: float, hi: float) -> Pixels:
-    """lo..hi to 0..255, one scale for all of [T, ...]. Nothing but a constant: black."""
+def hounsfield_windows(*names: str) -> list[tuple[int, int]]:
+    """Named windows as :func:`hulukern.pruning.prune_frames` takes them, all of them without names."""
+    return [(int(lo), int(hi)) for lo, hi in map(window_range, names or WINDOWS)]
+
+
+def extent(source: str, values: npt.NDArray[Any], window: Window | None) -> tuple[float, float]:
+    """What becomes 0 and 255: the window, or minimum and maximum. Refuses values that are not finite."""
+    lo, hi = float(values.min()), float(values.max())
     if not (math.isfinite(lo) and math.isfinite(hi)):
         refuse(source, "NaN or infinite values", "finite ones")
+    return (lo, hi) if window is None else window_range(window)
+
+
+def to_pixels(values: npt.NDArray[Any], lo: float, hi: float) -> Pixels:
+    """lo..hi to 0..255, one scale for all of [T, ...]. Nothing but a constant: black."""
     scale = np.float32(255 / (hi - lo) if hi > lo else 0)
     out = np.empty(values.shape, np.uint8)
     for t, frame in enumerate(values):  # one float32 frame at a time

@@ -21,14 +21,14 @@ from model.media.clip import (
     Reading,
     check_size,
     choose,
+    extent,
     reading,
     refuse,
     thin,
     to_int16,
     to_pixels,
-    window_range,
 )
-from model.media.nifti import check_axis, extent, slices
+from model.media.nifti import check_axis, slices
 
 DECODERS = "python-gdcm"  # the package whose plugin decodes JPEG, lossless JPEG, JPEG 2000 and JPEG-LS
 
@@ -54,7 +54,7 @@ def load(path: Path, how: Reading) -> Clip:
         pixels = np.stack(list(_decode(source, data, at)))
         if pixels.ndim == 4:
             top = 255 if pixels.dtype == np.uint8 else (1 << int(data.BitsStored)) - 1
-            clip = Clip(to_pixels(source, pixels, 0, top), source, VIDEO, "DICOM")
+            clip = Clip(to_pixels(pixels, 0, top), source, VIDEO, "DICOM")
         else:
             values = _rescale(data, pixels, 0)
             clip = _window(source, Clip(np.empty(0, np.uint8), source, VIDEO, "DICOM"), data, values, how)
@@ -184,16 +184,13 @@ def _affine(one: _Slice, spacing: tuple[float, float, float]) -> npt.NDArray[np.
 
 def _window(source: str, clip: Clip, data: Any, values: npt.NDArray[Any], how: Reading) -> Clip:
     """Gray values [T, H, W] as pixels: the window asked for, the header's first, or min-max over all."""
-    if how.window is not None:
-        lo, hi = window_range(how.window)
-    else:
+    lo, hi = extent(source, values, how.window)
+    if how.window is None:
         centre = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowCenter"), 1)
         width = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowWidth"), 1)
         if centre is not None and width is not None and width[0] > 0:
             lo, hi = float(centre[0] - width[0] / 2), float(centre[0] + width[0] / 2)
-        else:
-            lo, hi = extent(source, values)
-    frames = to_pixels(source, values, lo, hi)[..., None]
+    frames = to_pixels(values, lo, hi)[..., None]
     if data.PhotometricInterpretation == "MONOCHROME1":
         np.subtract(255, frames, out=frames)
     return Clip(

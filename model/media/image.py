@@ -19,14 +19,13 @@ from model.media.clip import (
     Reading,
     check_size,
     choose,
+    extent,
     reading,
     refuse,
     thin,
     to_int16,
     to_pixels,
-    window_range,
 )
-from model.media.nifti import extent
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
@@ -108,8 +107,8 @@ def from_memory(data: Any, kind: str, how: Reading) -> Clip:
     if kind != VOLUME or frames.dtype.kind not in "iuf" or frames.shape[-1] != 1:
         refuse(source, f"dtype {array.dtype}", "uint8" + (" or gray numbers" if kind == VOLUME else ""))
     values = frames[..., 0]
-    lo, hi = extent(source, values) if how.window is None else window_range(how.window)
-    pixels = to_pixels(source, values, lo, hi)[..., None]
+    lo, hi = extent(source, values, how.window)
+    pixels = to_pixels(values, lo, hi)[..., None]
     return Clip(pixels, source, kind, "array", values=to_int16(values))
 
 
@@ -131,7 +130,7 @@ def _pixels(source: str, image: Any) -> Pixels:
     """uint8 [H, W, 1] or [H, W, 3]; more than 8 bits are scaled by their own minimum and maximum."""
     if image.mode in ("I;16", "I", "F"):
         values = np.asarray(image, np.float32)[None]
-        return to_pixels(source, values, *extent(source, values))[0, ..., None]
+        return to_pixels(values, *extent(source, values, None))[0, ..., None]
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))[..., None]
     return np.asarray(image.convert("RGB"))

@@ -92,7 +92,7 @@ def bad(tmp_path: Path, kind: str) -> Path:
         write_dicom(path, np.zeros((4, 4), np.uint8), NumberOfFrames=100_000)
     elif kind == "claims_pixels":
         write_dicom(path, np.zeros((4, 4), np.uint8), Rows=65000, Columns=65000)
-    elif kind == "nan":
+    elif kind == "nan" or kind == "nan_in_window":
         path = write_nifti(tmp_path / "nan.nii", np.full((3, 3, 3), np.nan, np.float32))
     elif kind == "infinite":
         path = write_nifti(tmp_path / "inf.nii", np.full((3, 3, 3), np.inf, np.float32))
@@ -126,7 +126,8 @@ def bad(tmp_path: Path, kind: str) -> Path:
 
 REFUSALS = {
     "empty": "0 bytes", "truncated": "cannot be read", "not_dicom": "no pixels", "no_pixels": "no pixels",
-    "claims_frames": "100000", "claims_pixels": "claimed size", "nan": "NaN or infinite", "infinite": "NaN or infinite",
+    "claims_frames": "100000", "claims_pixels": "claimed size", "nan": "NaN or infinite", "nan_in_window": "NaN or infinite",
+    "infinite": "NaN or infinite",
     "flat": "2 dimensions", "truncated_nifti": "cannot be read", "text": "an unknown type", "bad_png": "cannot be read",
     "bad_video": "cannot be read", "empty_folder": "no images", "mixed_sizes": "size 6x8", "missing": "nothing there",
 }  # fmt: skip
@@ -136,7 +137,7 @@ REFUSALS = {
 def test_bad_files_are_refused_by_name_in_one_line(kind: str, tmp_path: Path) -> None:
     path = bad(tmp_path, kind)
     with pytest.raises(ValueError, match=REFUSALS[kind]) as caught:
-        load_frames(path)
+        load_frames(path, window="bone" if kind == "nan_in_window" else None)
     text = str(caught.value)
     assert str(path) in text
     assert ", expected " in text
