@@ -27,12 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except ValueError as error:
-        print(f"{options.command}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # a reader that had enough, as head
         sys.stderr.close()
         return 0
+    except (ValueError, OSError) as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -81,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
     rules = options.rule or list(RULES)
     if options.out is not None and not options.out.parent.is_dir():
         raise ValueError(f"{options.out}: has no folder {options.out.parent}, expected one that exists")
+    if options.out is not None and options.out.is_dir():
+        raise ValueError(f"{options.out}: has a folder there, expected a file name")
     found, sheets = [], []
     for file in options.files:
         description, pictures = describe(file, how, rules)
@@ -91,7 +94,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([asdict(d) for d in found], indent=2))
     if options.out is not None:
-        stack(sheets).save(options.out, "PNG")
+        whole = io.BytesIO()
+        stack(sheets).save(whole, "PNG")
+        options.out.write_bytes(whole.getvalue())
         print(options.out, file=sys.stderr if options.json else sys.stdout)
     return 0
 

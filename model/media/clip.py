@@ -91,7 +91,9 @@ class Clip:
         return self.take(choose(len(self.frames), self.times, fps, None))
 
 
-def choose(n: int, times: Sequence[float] | None, fps: float | None, most: int | None) -> npt.NDArray[np.int64]:
+def choose(
+    n: int, times: Sequence[float] | npt.NDArray[np.float64] | None, fps: float | None, most: int | None
+) -> npt.NDArray[np.int64]:
     """Which of n frames to keep: the nearest to every 1 / fps seconds, evenly thinned beyond ``most``."""
     if fps is None or times is None or n == 1:
         return thin(np.arange(n), most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,8 @@ def load(path: Path, how: Reading) -> Clip:
             clip = _window(source, Clip(np.empty(0, np.uint8), source, VIDEO, "DICOM"), data, values, how)
         chosen = None if times is None else tuple(times[k] - times[0] for k in at)
         spacing = frames_info[0].spacing
-        return Clip(
-            clip.frames, source, IMAGE if n == 1 else VIDEO, "DICOM", chosen,
-            None if spacing is None else (0.0, *spacing), values=clip.values,
-        )  # fmt: skip
+        mm = None if spacing is None else (0.0, *spacing)
+        return replace(clip, kind=IMAGE if n == 1 else VIDEO, times=chosen, spacing=mm)
 
 
 def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
@@ -140,20 +139,24 @@ def _volume(source: str, members: Sequence[_Slice], how: Reading) -> Clip:
             values = _rescale(data, pixels, one.frame)
             if stack is None:
                 stack = np.empty((len(at), *values.shape), values.dtype)
+            elif values.dtype.kind == "f" and stack.dtype.kind != "f":  # slopes may differ between slices
+                stack = stack.astype(values.dtype)
             stack[t] = values
     assert stack is not None
     spacing = _spacing(members)
-    first = members[0]
+    first, middle = members[0], members[at[len(at) // 2]].data
     if how.axis is not None:
         if first.position is None or first.axes is None or spacing is None or not spacing[0] > 0:
             refuse(source, "slices without positions", "ImagePositionPatient in every slice for an axis")
-        clip = slices(source, stack.transpose(2, 1, 0), _affine(first, spacing), how.axis, how)
-        return Clip(clip.frames, source, VOLUME, "DICOM", spacing=clip.spacing, plane=clip.plane, values=clip.values)
+        how = replace(how, window=how.window or _header_window(middle))
+        clip = slices(source, stack.transpose(2, 1, 0), _affine(first, spacing), how.axis or "axial", how)
+        frames = 255 - clip.frames if middle.PhotometricInterpretation == "MONOCHROME1" else clip.frames
+        return replace(clip, frames=frames, form="DICOM")
     step = float(np.diff(at).mean()) if len(at) > 1 else 1.0
     if spacing is not None:
         spacing = (spacing[0] * step, *spacing[1:])
     empty = Clip(np.empty(0, np.uint8), source, VOLUME, "DICOM", spacing=spacing, plane=_plane(first))
-    return _window(source, empty, members[at[len(at) // 2]].data, stack, how)
+    return _window(source, empty, middle, stack, how)
 
 
 def _spacing(members: Sequence[_Slice]) -> tuple[float, float, float] | None:
@@ -184,18 +187,20 @@ def _affine(one: _Slice, spacing: tuple[float, float, float]) -> npt.NDArray[np.
 
 def _window(source: str, clip: Clip, data: Any, values: npt.NDArray[Any], how: Reading) -> Clip:
     """Gray values [T, H, W] as pixels: the window asked for, the header's first, or min-max over all."""
-    lo, hi = extent(source, values, how.window)
-    if how.window is None:
-        centre = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowCenter"), 1)
-        width = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowWidth"), 1)
-        if centre is not None and width is not None and width[0] > 0:
-            lo, hi = float(centre[0] - width[0] / 2), float(centre[0] + width[0] / 2)
+    lo, hi = extent(source, values, how.window or _header_window(data))
     frames = to_pixels(values, lo, hi)[..., None]
     if data.PhotometricInterpretation == "MONOCHROME1":
         np.subtract(255, frames, out=frames)
-    return Clip(
-        frames, source, clip.kind, clip.form, spacing=clip.spacing, plane=clip.plane, values=to_int16(values)
-    )  # fmt: skip
+    return replace(clip, frames=frames, values=to_int16(values))
+
+
+def _header_window(data: Any) -> tuple[float, float] | None:
+    """(lo, hi) of the header's first window, of the image or its first frame."""
+    centre = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowCenter"), 1)
+    width = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowWidth"), 1)
+    if centre is None or width is None or not width[0] > 0:
+        return None
+    return float(centre[0] - width[0] / 2), float(centre[0] + width[0] / 2)
 
 
 def _check_header(source: str, data: Any) -> int:
@@ -273,8 +278,9 @@ def _rescale(data: Any, pixels: npt.NDArray[Any], frame: int) -> npt.NDArray[Any
     slope = _functional(data, frame, "PixelValueTransformationSequence", "RescaleSlope")
     intercept = _functional(data, frame, "PixelValueTransformationSequence", "RescaleIntercept")
     slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
-    if slope.is_integer() and intercept.is_integer():
-        return pixels.astype(np.int32) * int(slope) + int(intercept)
+    whole = slope.is_integer() and intercept.is_integer() and pixels.itemsize <= 2
+    if whole and abs(slope) * (1 << 16) + abs(intercept) < 1 << 31:
+        return pixels.astype(np.int32) * np.int32(slope) + np.int32(intercept)
     return pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 

@@ -87,7 +87,7 @@ def from_memory(data: Any, kind: str, how: Reading) -> Clip:
     last or, where that is the only reading, before H and W. uint8 is taken as it is. Other types are
     for volumes only, scaled by ``how.window`` or their minimum and maximum.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     source = f"{kind} in memory"
     if isinstance(data, (list, tuple)):
@@ -98,7 +98,8 @@ def from_memory(data: Any, kind: str, how: Reading) -> Clip:
             refuse(source, "frames of different sizes", "one size")
         return Clip(np.concatenate([p.frames for p in parts]), source, kind, parts[0].form)
     if isinstance(data, Image.Image):
-        return Clip(_pixels(source, data)[None], source, IMAGE, "image")
+        upright = data if how.released else ImageOps.exif_transpose(data)
+        return Clip(_pixels(source, upright)[None], source, IMAGE, "image")
     array = np.asarray(data.detach().cpu() if hasattr(data, "detach") else data)
     frames = _channels_last(source, array, kind)
     check_size(source, *frames.shape)
@@ -128,7 +129,7 @@ def _channels_last(source: str, array: npt.NDArray[Any], kind: str) -> npt.NDArr
 
 def _pixels(source: str, image: Any) -> Pixels:
     """uint8 [H, W, 1] or [H, W, 3]; more than 8 bits are scaled by their own minimum and maximum."""
-    if image.mode in ("I;16", "I", "F"):
+    if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float32)[None]
         return to_pixels(values, *extent(source, values, None))[0, ..., None]
     if image.mode in ("1", "L"):

@@ -132,7 +132,7 @@ def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
                 refuse(source, f"voxels of type {dtype}", "integers or floats")
             n = shape[3] if len(shape) == 4 else 1
             if not 0 <= volume < n:
-                raise ValueError(f"{source}: has {n} volumes, expected more than volume {volume} asks for")
+                refuse(source, f"no volume {volume}", f"0 to {n - 1}")
             voxels = math.prod(shape[:3])
             offset = max(int(header.get_data_offset()), header_type.template_dtype.itemsize)
             skipped = offset - header_type.template_dtype.itemsize + volume * voxels * dtype.itemsize

@@ -126,8 +126,8 @@ def bad(tmp_path: Path, kind: str) -> Path:
 
 REFUSALS = {
     "empty": "0 bytes", "truncated": "cannot be read", "not_dicom": "no pixels", "no_pixels": "no pixels",
-    "claims_frames": "100000", "claims_pixels": "claimed size", "nan": "NaN or infinite", "nan_in_window": "NaN or infinite",
-    "infinite": "NaN or infinite",
+    "claims_frames": "100000", "claims_pixels": "claimed size", "nan": "NaN or infinite",
+    "nan_in_window": "NaN or infinite", "infinite": "NaN or infinite",
     "flat": "2 dimensions", "truncated_nifti": "cannot be read", "text": "an unknown type", "bad_png": "cannot be read",
     "bad_video": "cannot be read", "empty_folder": "no images", "mixed_sizes": "size 6x8", "missing": "nothing there",
 }  # fmt: skip
@@ -218,7 +218,7 @@ def test_one_volume_of_a_series(tmp_path: Path) -> None:
         path = write_nifti(tmp_path / name, values)
         assert load_frames(path).frames.max() == 0
         assert np.argwhere(load_frames(path, volume=1).frames[..., 0]).tolist() == [[0, 3, 2]]
-        with pytest.raises(ValueError, match="has 3 volumes"):
+        with pytest.raises(ValueError, match="has no volume 3, expected 0 to 2"):
             load_frames(path, volume=3)
 
 
@@ -254,6 +254,24 @@ def test_a_series_is_sorted_by_position_and_reformatted(tmp_path: Path) -> None:
     assert coronal.spacing == pytest.approx((0.5, 2.0, 0.5))
     assert coronal.values is not None
     assert (coronal.values[-1, 0, :, 0] == stack[-1, 0] - 1024).all()  # last from the front, row from the head
+
+
+def test_a_series_keeps_its_window_and_its_fractions(tmp_path: Path) -> None:
+    stack = np.full((3, 6, 6), 100, np.int16)
+    folder = write_series(tmp_path / "s", stack, WindowCenter=100, WindowWidth=400)
+    for axis in (None, "axial", "sagittal"):
+        assert set(np.unique(load_frames(folder, axis=axis).frames)) == {128}
+    inverted = write_series(
+        tmp_path / "i", stack, WindowCenter=200, WindowWidth=200, PhotometricInterpretation="MONOCHROME1"
+    )
+    for axis in (None, "axial"):
+        assert set(np.unique(load_frames(inverted, axis=axis).frames)) == {255}
+    for k, file in enumerate(sorted(folder.iterdir())):
+        data = pydicom.dcmread(file)
+        data.RescaleSlope, data.RescaleIntercept = (1, 0) if k == 0 else (0.016, 0)
+        del data.WindowCenter, data.WindowWidth
+        data.save_as(file)
+    assert len(np.unique(load_frames(folder).frames)) == 2  # 1.6 is neither 1 nor 100
 
 
 def test_a_series_without_positions_goes_by_instance_number(tmp_path: Path) -> None:
