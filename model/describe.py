@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -19,7 +20,7 @@ from hulukern.pruning import RULES, prune_frames
 from model.image_processor import HuluMedImageProcessor
 from model.media import IMAGE, WINDOWS, Clip, Reading, Window, load_frames
 from model.media.nifti import PLANES
-from model.pictures import contact_sheet, stack
+from model.pictures import captioned, contact_sheet, stack
 from model.sizing import resize_frames
 
 EXAMPLES = """examples:
@@ -81,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
     rules = options.rule or list(RULES)
     if options.out is not None and not options.out.parent.is_dir():
         raise ValueError(f"{options.out}: has no folder {options.out.parent}, expected one that exists")
+    if options.out is not None and options.out.is_dir():
+        raise ValueError(f"{options.out}: has a folder there, expected a file name")
     found, sheets = [], []
     for file in options.files:
         description, pictures = describe(file, how, rules)
@@ -91,7 +94,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([asdict(d) for d in found], indent=2))
     if options.out is not None:
-        stack(sheets).save(options.out, "PNG")
+        whole = io.BytesIO()
+        stack(sheets).save(whole, "PNG")
+        options.out.write_bytes(whole.getvalue())
         print(options.out, file=sys.stderr if options.json else sys.stdout)
     return 0
 
@@ -111,7 +116,8 @@ def describe(file: str, how: Reading, rules: Sequence[str]) -> tuple[Description
             keep = KEEP if rule == "budget" else None
             pruned = prune_frames(frames, rule=rule, merge_size=merge, keep=keep)
         kept.append(Kept(rule, int(pruned.keep.sum()), pruned.reduction))
-        sheets.append(contact_sheet(frames, pruned.keep, cell))
+        caption = f"{Path(file).name}: {rule}, {kept[-1].tokens} of {pruned.keep.numel()} tokens"
+        sheets.append(captioned(contact_sheet(frames, pruned.keep, cell), caption))
     return _described(file, clip, (height, width), processor.patch_size, merge, kept), sheets
 
 
@@ -154,7 +160,10 @@ def text(d: Description) -> str:
 def _fps(given: str) -> float | None:
     if given == "all":
         return None
-    fps = float(given)
+    try:
+        fps = float(given)
+    except ValueError:
+        fps = 0.0
     if not (fps > 0 and math.isfinite(fps)):
         raise argparse.ArgumentTypeError(f"has {given}, expected a number above 0, or all")
     return fps

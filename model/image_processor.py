@@ -11,6 +11,8 @@ import hulukern
 from model.media import IMAGE, Clip
 from model.sizing import MAX_TOKENS, MIN_TOKENS, PATCH, cut_patches, frame_sizes, resize_frames
 
+MAX_STRETCH = 32.0  # that a header's spacing may ask for
+
 
 @dataclass(frozen=True)
 class Visual:
@@ -45,11 +47,17 @@ class HuluMedImageProcessor:
     released: bool = False
 
     def sizes(self, clips: Sequence[Clip], merge_sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """(height, width) in pixels that each clip of one call is resized to."""
+        """(height, width) in pixels that each clip of one call is resized to. Where rows and columns have
+        different mm, the longer ones are stretched first, so that a pixel is square."""
         shapes = []
         for clip in clips:
             T, H, W, _ = clip.frames.shape
-            shapes.append((T, W, H) if self.released and clip.form == "image" else (T, H, W))
+            if self.released:
+                shapes.append((T, W, H) if clip.form == "image" else (T, H, W))
+                continue
+            _, row_mm, column_mm = clip.spacing or (0.0, 1.0, 1.0)
+            tall = min(max(row_mm / column_mm, 1 / MAX_STRETCH), MAX_STRETCH)
+            shapes.append((T, round(H * max(tall, 1.0)), round(W * max(1 / tall, 1.0))))
         return frame_sizes(
             shapes, merge_sizes, patch_size=self.patch_size, max_tokens=self.max_tokens, min_tokens=self.min_tokens
         )

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 SHEET_FRAMES = 6
 GAP = 4
+ENLARGED = (224, 2400)  # pixels of height and width that small sheets grow towards
 SHADE = np.array([196, 54, 60], np.float32)  # dropped cells are mixed with this red
 
 
@@ -25,6 +26,18 @@ def contact_sheet(frames: torch.Tensor, keep: torch.Tensor, cell: int = 28) -> I
     gap = np.full((H, GAP, 3), 128, np.float32)
     strip = [x for p in pictures for x in (p, gap)][:-1]
     return Image.fromarray(np.concatenate(strip, 1).round().astype(np.uint8))
+
+
+def captioned(sheet: Image.Image, caption: str) -> Image.Image:
+    """The sheet under a line of text, small ones enlarged by a whole factor."""
+    factor = max(1, min(ENLARGED[0] // sheet.height, ENLARGED[1] // sheet.width))
+    sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+    font = ImageFont.load_default(14)
+    left, _, right, bottom = font.getbbox(caption)
+    out = Image.new("RGB", (max(sheet.width, int(right - left) + 2 * GAP), int(bottom) + 2 * GAP + sheet.height))
+    ImageDraw.Draw(out).text((GAP, GAP), caption, font=font, fill=(255, 255, 255))
+    out.paste(sheet, (0, out.height - sheet.height))
+    return out
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:

@@ -76,7 +76,7 @@ class HuluMedProcessor:
         conversation: Any = None,
         *,
         text: str | Sequence[str] | None = None,
-        images: Sequence[Any] | None = None,
+        images: Any = None,
         merge_size: int | None = None,
         add_generation_prompt: bool = True,
         return_labels: bool = False,
@@ -93,7 +93,7 @@ class HuluMedProcessor:
                 beside it (fps, max_frames, num_slices, axis, window, volume_index) say how to read it.
             text: in place of a conversation, prompts with one ``<image>`` per frame of ``images``.
             images: for ``text``, media in order (4 dimensions or a list: a video); for a conversation,
-                those of its parts that hold no data. For a batch, a list of such lists.
+                those of its parts that hold no data. For a batch, one such list, or one medium, for each.
             merge_size: None is Hulu-Med's: 1 for images; 2 for the whole conversation as soon as it holds
                 a video or a volume. With ``text``, 1 or 2 for each medium by its own kind.
             add_generation_prompt: end with the opening of the assistant's turn; never with labels.
@@ -118,16 +118,16 @@ class HuluMedProcessor:
         if conversation is not None:
             samples = [conversation] if is_conversation(conversation) else list(conversation)
         single = isinstance(text, str) or is_conversation(conversation)
-        media: Sequence[Any] = [images] if single else images or [None] * len(samples)
+        media: Sequence[Any] = [images] if single else [None] * len(samples) if images is None else images
         if not samples or len(media) != len(samples):
-            raise ValueError(f"images: has {len(media)} lists, expected one for each of {len(samples)} samples")
+            raise ValueError(f"images: has {len(media)} entries, expected one for each of {len(samples)} samples")
 
         rows: list[npt.NDArray[np.int64]] = []
         labels: list[npt.NDArray[np.int64]] = []
         visuals: list[Visual] = []
         for sample, given in zip(samples, media, strict=True):
             if isinstance(sample, str):
-                turns, clips = [_Turn(sample, False)], [self._medium(x) for x in given or ()]
+                turns, clips = [_Turn(sample, False)], [self._medium(x) for x in _many(given)]
                 merges = [self._merge(clip.kind) for clip in clips]
             else:
                 turns, clips = self._turns(sample, given, add_generation_prompt and not return_labels)
@@ -167,12 +167,10 @@ class HuluMedProcessor:
 
     # --- conversations ------------------------------------------------------------------------------------
 
-    def _turns(
-        self, conversation: Sequence[Message], images: Sequence[Any] | None, prompt: bool
-    ) -> tuple[list[_Turn], list[Clip]]:
+    def _turns(self, conversation: Sequence[Message], images: Any, prompt: bool) -> tuple[list[_Turn], list[Clip]]:
         turns: list[_Turn] = []
         clips: list[Clip] = []
-        given = iter(images or ())
+        given = iter(_many(images))
         for message in conversation:
             body = ""
             for part in parts_of(message):
@@ -324,6 +322,11 @@ class HuluMedProcessor:
             "how": Reading(**_known(Reading, how)),
         }
         return cls(AutoTokenizer.from_pretrained(name), **{**arguments, **options})
+
+
+def _many(images: Any) -> Sequence[Any]:
+    """A sample's media: None, one, or a list of them."""
+    return () if images is None else images if isinstance(images, (list, tuple)) else (images,)
 
 
 def _json(name: str | Path, file: str) -> dict[str, Any]:

@@ -9,11 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from model.media import dicom, image, nifti, video
-from model.media.clip import IMAGE, VIDEO, VOLUME, WINDOWS, Clip, Pixels, Reading, Window, refuse
+from model.media.clip import (
+    IMAGE,
+    VIDEO,
+    VOLUME,
+    WINDOWS,
+    Clip,
+    Pixels,
+    Reading,
+    Window,
+    hounsfield_windows,
+    reading,
+    refuse,
+)
 from model.media.image import from_memory
 
 __all__ = [
-    "IMAGE", "VIDEO", "VOLUME", "WINDOWS", "Clip", "Pixels", "Reading", "Window", "from_memory", "load_frames",
+    "IMAGE", "VIDEO", "VOLUME", "WINDOWS", "Clip", "Pixels", "Reading", "Window", "from_memory", "hounsfield_windows",
+    "load_frames",
 ]  # fmt: skip
 
 HEAD = 352  # bytes that tell every kind: NIfTI's magic ends there
@@ -37,17 +50,18 @@ def load_frames(path: str | Path, how: Reading | None = None, **options: Any) ->
     path = Path(path)
     source = str(path)
     how = replace(how or Reading(), **options)
-    if not path.exists():
-        refuse(source, "nothing there", "a file or a folder")
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
-        series = [f for f in files if dicom.is_dicom(_head(f)) and f.name != "DICOMDIR"]
-        return dicom.load_series(path, series, how) if series else image.load_folder(path, files, how)
-    if not path.is_file():
-        refuse(source, "no regular file", "a file or a folder")
-    if path.stat().st_size == 0:
-        refuse(source, "0 bytes", "an image, DICOM, NIfTI or video file")
-    return _loader(path)(path, how)
+    with reading(source, "a file or a folder that can be read"):
+        if not path.exists():
+            refuse(source, "nothing there", "a file or a folder")
+        if path.is_dir():
+            files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+            series = [f for f in files if dicom.is_dicom(_head(f)) and f.name != "DICOMDIR"]
+            return dicom.load_series(path, series, how) if series else image.load_folder(path, files, how)
+        if not path.is_file():
+            refuse(source, "no regular file", "a file or a folder")
+        if path.stat().st_size == 0:
+            refuse(source, "0 bytes", "an image, DICOM, NIfTI or video file")
+        return _loader(path)(path, how)
 
 
 def _head(path: Path) -> bytes:
@@ -84,7 +98,7 @@ def _pillow_knows(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as found:
+            return min(found.size) > 0  # Pillow also names formats that it cannot decode
     except Exception:
         return False

@@ -20,6 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 1 << 30  # values T*H*W*C of one input, 1 GiB of uint8; checked before anything is decoded
 MAX_FRAMES = 20_000  # that a header may claim, or a folder hold
+MAX_TOLD = 160  # characters of a decoder's own words in a refusal
 MAX_TICKS = 10_000_000  # times that a rate asks for; beyond, all frames are candidates
 
 # Hounsfield windows as (centre, width), the usual presets of CT reading (Radiopaedia, "Windowing (CT)").
@@ -90,7 +91,9 @@ class Clip:
         return self.take(choose(len(self.frames), self.times, fps, None))
 
 
-def choose(n: int, times: Sequence[float] | None, fps: float | None, most: int | None) -> npt.NDArray[np.int64]:
+def choose(
+    n: int, times: Sequence[float] | npt.NDArray[np.float64] | None, fps: float | None, most: int | None
+) -> npt.NDArray[np.int64]:
     """Which of n frames to keep: the nearest to every 1 / fps seconds, evenly thinned beyond ``most``."""
     if fps is None or times is None or n == 1:
         return thin(np.arange(n), most)
@@ -128,10 +131,21 @@ def window_range(window: Window) -> tuple[float, float]:
     return lo, hi
 
 
-def to_pixels(source: str, values: npt.NDArray[Any], lo: float, hi: float) -> Pixels:
-    """lo..hi to 0..255, one scale for all of [T, ...]. Nothing but a constant: black."""
+def hounsfield_windows(*names: str) -> list[tuple[int, int]]:
+    """Named windows as :func:`hulukern.pruning.prune_frames` takes them, all of them without names."""
+    return [(int(lo), int(hi)) for lo, hi in map(window_range, names or WINDOWS)]
+
+
+def extent(source: str, values: npt.NDArray[Any], window: Window | None) -> tuple[float, float]:
+    """What becomes 0 and 255: the window, or minimum and maximum. Refuses values that are not finite."""
+    lo, hi = float(values.min()), float(values.max())
     if not (math.isfinite(lo) and math.isfinite(hi)):
         refuse(source, "NaN or infinite values", "finite ones")
+    return (lo, hi) if window is None else window_range(window)
+
+
+def to_pixels(values: npt.NDArray[Any], lo: float, hi: float) -> Pixels:
+    """lo..hi to 0..255, one scale for all of [T, ...]. Nothing but a constant: black."""
     scale = np.float32(255 / (hi - lo) if hi > lo else 0)
     out = np.empty(values.shape, np.uint8)
     for t, frame in enumerate(values):  # one float32 frame at a time
@@ -166,7 +180,9 @@ def reading(source: str, expected: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and ": has " in str(error) and ", expected " in str(error):
             raise
-        refuse(source, f"content that cannot be read ({type(error).__name__}: {error})", expected)
+        text = " ".join(str(error).split())
+        told = text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + " ..."
+        refuse(source, f"content that cannot be read ({type(error).__name__}: {told})", expected)
 
 
 def check_size(source: str, *sizes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from model.media.clip import (
     Reading,
     check_size,
     choose,
+    extent,
     reading,
     refuse,
     thin,
     to_int16,
     to_pixels,
-    window_range,
 )
-from model.media.nifti import check_axis, extent, slices
+from model.media.nifti import check_axis, slices
 
 DECODERS = "python-gdcm"  # the package whose plugin decodes JPEG, lossless JPEG, JPEG 2000 and JPEG-LS
 
@@ -39,13 +40,10 @@ def is_dicom(head: bytes) -> bool:
 
 def load(path: Path, how: Reading) -> Clip:
     """One file: an image; several frames are a video, or a volume where they have positions."""
-    import pydicom
-
     source = str(path)
     with reading(source, "a whole DICOM file with pixels"):
         check_axis(how.axis)
-        _check_deflated(path)
-        data = pydicom.dcmread(path)
+        data = _open(path)
         n = _check_header(source, data)
         frames_info = [_Slice(data, k) for k in range(n)]
         placed = n > 1 and all(s.position is not None for s in frames_info)
@@ -57,16 +55,14 @@ def load(path: Path, how: Reading) -> Clip:
         pixels = np.stack(list(_decode(source, data, at)))
         if pixels.ndim == 4:
             top = 255 if pixels.dtype == np.uint8 else (1 << int(data.BitsStored)) - 1
-            clip = Clip(to_pixels(source, pixels, 0, top), source, VIDEO, "DICOM")
+            clip = Clip(to_pixels(pixels, 0, top), source, VIDEO, "DICOM")
         else:
             values = _rescale(data, pixels, 0)
             clip = _window(source, Clip(np.empty(0, np.uint8), source, VIDEO, "DICOM"), data, values, how)
         chosen = None if times is None else tuple(times[k] - times[0] for k in at)
         spacing = frames_info[0].spacing
-        return Clip(
-            clip.frames, source, IMAGE if n == 1 else VIDEO, "DICOM", chosen,
-            None if spacing is None else (0.0, *spacing), values=clip.values,
-        )  # fmt: skip
+        mm = None if spacing is None else (0.0, *spacing)
+        return replace(clip, kind=IMAGE if n == 1 else VIDEO, times=chosen, spacing=mm)
 
 
 def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
@@ -74,8 +70,6 @@ def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
 
     In the plane and orientation that it was acquired in, unless ``how.axis`` names one.
     """
-    import pydicom
-
     source = str(path)
     if len(files) > MAX_FRAMES:
         refuse(source, f"{len(files)} files", f"at most {MAX_FRAMES}")
@@ -83,8 +77,7 @@ def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
     check_axis(how.axis)
     for file in files:
         with reading(str(file), "a whole DICOM file with pixels"):
-            _check_deflated(file)
-            data = pydicom.dcmread(file, stop_before_pixels=True)
+            data = _open(file, stop_before_pixels=True)
             if "Rows" in data:
                 found.setdefault(str(data.get("SeriesInstanceUID")), []).append(_Slice(data, 0, file))
     if not found:
@@ -131,8 +124,6 @@ class _Slice:
 
 
 def _volume(source: str, members: Sequence[_Slice], how: Reading) -> Clip:
-    import pydicom
-
     at = np.arange(len(members)) if how.axis else thin(np.arange(len(members)), how.num_slices)
     height, width = members[0].size
     check_size(source, len(at), height, width, 1)
@@ -141,27 +132,31 @@ def _volume(source: str, members: Sequence[_Slice], how: Reading) -> Clip:
         one = members[k]
         name = source if one.file is None else str(one.file)
         with reading(name, "a whole DICOM file with pixels"):
-            data = one.data if one.file is None else pydicom.dcmread(one.file)
+            data = one.data if one.file is None else _open(one.file)
             pixels = next(_decode(name, data, [one.frame]))
             if pixels.ndim != 2:
                 refuse(name, "colour pixels", "gray slices of a volume")
             values = _rescale(data, pixels, one.frame)
             if stack is None:
                 stack = np.empty((len(at), *values.shape), values.dtype)
+            elif values.dtype.kind == "f" and stack.dtype.kind != "f":  # slopes may differ between slices
+                stack = stack.astype(values.dtype)
             stack[t] = values
     assert stack is not None
     spacing = _spacing(members)
-    first = members[0]
+    first, middle = members[0], members[at[len(at) // 2]].data
     if how.axis is not None:
         if first.position is None or first.axes is None or spacing is None or not spacing[0] > 0:
             refuse(source, "slices without positions", "ImagePositionPatient in every slice for an axis")
-        clip = slices(source, stack.transpose(2, 1, 0), _affine(first, spacing), how.axis, how)
-        return Clip(clip.frames, source, VOLUME, "DICOM", spacing=clip.spacing, plane=clip.plane, values=clip.values)
+        how = replace(how, window=how.window or _header_window(middle))
+        clip = slices(source, stack.transpose(2, 1, 0), _affine(first, spacing), how.axis or "axial", how)
+        frames = 255 - clip.frames if middle.PhotometricInterpretation == "MONOCHROME1" else clip.frames
+        return replace(clip, frames=frames, form="DICOM")
     step = float(np.diff(at).mean()) if len(at) > 1 else 1.0
     if spacing is not None:
         spacing = (spacing[0] * step, *spacing[1:])
     empty = Clip(np.empty(0, np.uint8), source, VOLUME, "DICOM", spacing=spacing, plane=_plane(first))
-    return _window(source, empty, members[at[len(at) // 2]].data, stack, how)
+    return _window(source, empty, middle, stack, how)
 
 
 def _spacing(members: Sequence[_Slice]) -> tuple[float, float, float] | None:
@@ -192,21 +187,20 @@ def _affine(one: _Slice, spacing: tuple[float, float, float]) -> npt.NDArray[np.
 
 def _window(source: str, clip: Clip, data: Any, values: npt.NDArray[Any], how: Reading) -> Clip:
     """Gray values [T, H, W] as pixels: the window asked for, the header's first, or min-max over all."""
-    if how.window is not None:
-        lo, hi = window_range(how.window)
-    else:
-        centre = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowCenter"), 1)
-        width = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowWidth"), 1)
-        if centre is not None and width is not None and width[0] > 0:
-            lo, hi = float(centre[0] - width[0] / 2), float(centre[0] + width[0] / 2)
-        else:
-            lo, hi = extent(source, values)
-    frames = to_pixels(source, values, lo, hi)[..., None]
+    lo, hi = extent(source, values, how.window or _header_window(data))
+    frames = to_pixels(values, lo, hi)[..., None]
     if data.PhotometricInterpretation == "MONOCHROME1":
         np.subtract(255, frames, out=frames)
-    return Clip(
-        frames, source, clip.kind, clip.form, spacing=clip.spacing, plane=clip.plane, values=to_int16(values)
-    )  # fmt: skip
+    return replace(clip, frames=frames, values=to_int16(values))
+
+
+def _header_window(data: Any) -> tuple[float, float] | None:
+    """(lo, hi) of the header's first window, of the image or its first frame."""
+    centre = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowCenter"), 1)
+    width = _numbers(_functional(data, 0, "FrameVOILUTSequence", "WindowWidth"), 1)
+    if centre is None or width is None or not width[0] > 0:
+        return None
+    return float(centre[0] - width[0] / 2), float(centre[0] + width[0] / 2)
 
 
 def _check_header(source: str, data: Any) -> int:
@@ -218,6 +212,19 @@ def _check_header(source: str, data: Any) -> int:
         refuse(source, f"{n} claimed frames", f"at most {MAX_FRAMES}")
     check_size(source, n, int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1)))
     return n
+
+
+def _open(path: Path, **options: Any) -> Any:
+    """The data set; one without the preamble and meta header too, as old archives hold them."""
+    import pydicom
+
+    _check_deflated(path)
+    data = pydicom.dcmread(path, force=True, **options)
+    if "TransferSyntaxUID" not in data.file_meta:
+        implicit, little = data.original_encoding
+        explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+        data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+    return data
 
 
 def _check_deflated(path: Path) -> None:
@@ -242,6 +249,8 @@ def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -
     """The frames of these numbers, [H, W] or RGB [H, W, 3], one in memory at a time."""
     from pydicom.pixels import apply_color_lut, get_decoder, iter_pixels
 
+    if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        refuse(source, "no pixels", "a DICOM image")
     syntax = data.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated:
         try:
@@ -254,7 +263,9 @@ def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -
     for pixels in iter_pixels(data, indices=[int(k) for k in at]):  # YBR comes as RGB
         if palette:
             pixels = apply_color_lut(pixels, data)
-            pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+            if pixels.max() > 255:  # some writers fill 16-bit tables with 8-bit values
+                pixels = pixels >> 8
+            pixels = pixels.astype(np.uint8)
         yield pixels
 
 
@@ -267,8 +278,9 @@ def _rescale(data: Any, pixels: npt.NDArray[Any], frame: int) -> npt.NDArray[Any
     slope = _functional(data, frame, "PixelValueTransformationSequence", "RescaleSlope")
     intercept = _functional(data, frame, "PixelValueTransformationSequence", "RescaleIntercept")
     slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
-    if slope.is_integer() and intercept.is_integer():
-        return pixels.astype(np.int32) * int(slope) + int(intercept)
+    whole = slope.is_integer() and intercept.is_integer() and pixels.itemsize <= 2
+    if whole and abs(slope) * (1 << 16) + abs(intercept) < 1 << 31:
+        return pixels.astype(np.int32) * np.int32(slope) + np.int32(intercept)
     return pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 

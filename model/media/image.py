@@ -19,14 +19,13 @@ from model.media.clip import (
     Reading,
     check_size,
     choose,
+    extent,
     reading,
     refuse,
     thin,
     to_int16,
     to_pixels,
-    window_range,
 )
-from model.media.nifti import extent
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
@@ -88,7 +87,7 @@ def from_memory(data: Any, kind: str, how: Reading) -> Clip:
     last or, where that is the only reading, before H and W. uint8 is taken as it is. Other types are
     for volumes only, scaled by ``how.window`` or their minimum and maximum.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     source = f"{kind} in memory"
     if isinstance(data, (list, tuple)):
@@ -99,7 +98,8 @@ def from_memory(data: Any, kind: str, how: Reading) -> Clip:
             refuse(source, "frames of different sizes", "one size")
         return Clip(np.concatenate([p.frames for p in parts]), source, kind, parts[0].form)
     if isinstance(data, Image.Image):
-        return Clip(_pixels(source, data)[None], source, IMAGE, "image")
+        upright = data if how.released else ImageOps.exif_transpose(data)
+        return Clip(_pixels(source, upright)[None], source, IMAGE, "image")
     array = np.asarray(data.detach().cpu() if hasattr(data, "detach") else data)
     frames = _channels_last(source, array, kind)
     check_size(source, *frames.shape)
@@ -108,8 +108,8 @@ def from_memory(data: Any, kind: str, how: Reading) -> Clip:
     if kind != VOLUME or frames.dtype.kind not in "iuf" or frames.shape[-1] != 1:
         refuse(source, f"dtype {array.dtype}", "uint8" + (" or gray numbers" if kind == VOLUME else ""))
     values = frames[..., 0]
-    lo, hi = extent(source, values) if how.window is None else window_range(how.window)
-    pixels = to_pixels(source, values, lo, hi)[..., None]
+    lo, hi = extent(source, values, how.window)
+    pixels = to_pixels(values, lo, hi)[..., None]
     return Clip(pixels, source, kind, "array", values=to_int16(values))
 
 
@@ -129,9 +129,9 @@ def _channels_last(source: str, array: npt.NDArray[Any], kind: str) -> npt.NDArr
 
 def _pixels(source: str, image: Any) -> Pixels:
     """uint8 [H, W, 1] or [H, W, 3]; more than 8 bits are scaled by their own minimum and maximum."""
-    if image.mode in ("I;16", "I", "F"):
+    if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float32)[None]
-        return to_pixels(source, values, *extent(source, values))[0, ..., None]
+        return to_pixels(values, *extent(source, values, None))[0, ..., None]
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))[..., None]
     return np.asarray(image.convert("RGB"))

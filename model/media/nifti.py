@@ -17,6 +17,7 @@ from model.media.clip import (
     Pixels,
     Reading,
     check_size,
+    extent,
     reading,
     refuse,
     thin,
@@ -33,13 +34,13 @@ SLACK = 1 << 20  # bytes after the voxels that a file may pad itself with
 
 
 def is_nifti(head: bytes) -> bool:
-    return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] == b"n+2\0"
+    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"
 
 
 def load(path: Path, how: Reading) -> Clip:
     """Read a ``.nii`` or ``.nii.gz``.
 
-    The closest canonical orientation, slices from right to left, back to front or foot to head, anterior
+    The closest canonical orientation, slices from left to right, back to front or foot to head, anterior
     or superior up. With ``released``: axes, order and orientation as stored, every slice scaled by its
     own minimum and maximum (of the window, if one is given) as (x - min) / (max - min) * 255 in float64,
     cut to uint8, a constant slice black; slices chosen by rounding down. That is ``load_nii`` of the
@@ -71,21 +72,13 @@ def slices(source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], plan
     axes = PLANES[plane]
     stack = canonical.transpose(axes)
     stack = stack[:, ::-1, ::-1]  # rows from the top; columns from the patient's right, or front
-    lo, hi = extent(source, stack) if how.window is None else window_range(how.window)
+    lo, hi = extent(source, stack, how.window)
     at = thin(np.arange(len(stack)), how.num_slices)
     chosen = np.ascontiguousarray(stack[at])
     step = float(np.diff(at).mean()) if len(at) > 1 else 1.0
     spacing = (float(voxel_mm[axes[0]]) * step, float(voxel_mm[axes[1]]), float(voxel_mm[axes[2]]))
-    frames = to_pixels(source, chosen, lo, hi)[..., None]
+    frames = to_pixels(chosen, lo, hi)[..., None]
     return Clip(frames, source, VOLUME, "NIfTI", spacing=spacing, plane=plane, values=to_int16(chosen))
-
-
-def extent(source: str, values: npt.NDArray[Any]) -> tuple[float, float]:
-    """Minimum and maximum; refuses what is not finite."""
-    lo, hi = float(values.min()), float(values.max())
-    if not (math.isfinite(lo) and math.isfinite(hi)):
-        refuse(source, "NaN or infinite values", "finite ones")
-    return lo, hi
 
 
 def _released(source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], how: Reading) -> Clip:
@@ -94,7 +87,7 @@ def _released(source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], h
     stack = np.moveaxis(values, axis, 0)
     at = thin(np.arange(len(stack)), how.num_slices, truncate=True)
     frames: Pixels = np.zeros((len(at), *stack.shape[1:], 1), np.uint8)
-    extent(source, values)
+    extent(source, values, None)
     for t, k in enumerate(at):
         one = stack[k].astype(np.float64)
         if how.window is not None:
@@ -139,7 +132,7 @@ def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
                 refuse(source, f"voxels of type {dtype}", "integers or floats")
             n = shape[3] if len(shape) == 4 else 1
             if not 0 <= volume < n:
-                raise ValueError(f"{source}: has {n} volumes, expected more than volume {volume} asks for")
+                refuse(source, f"no volume {volume}", f"0 to {n - 1}")
             voxels = math.prod(shape[:3])
             offset = max(int(header.get_data_offset()), header_type.template_dtype.itemsize)
             skipped = offset - header_type.template_dtype.itemsize + volume * voxels * dtype.itemsize

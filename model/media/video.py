@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.media.clip import VIDEO, Clip, Pixels, Reading, check_size, choose, reading, refuse
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+Ticks = npt.NDArray[np.int64]
 MAX_PACKETS = 5_000_000  # a day at 60 frames per second
 
 
@@ -33,20 +36,20 @@ def load(path: Path, how: Reading) -> Clip:
             if not container.streams.video:
                 refuse(source, "no video stream", "one")
             stamps, keys, seconds_per_tick = _stamps(source, container)
-        times = [t * seconds_per_tick for t in stamps]
+        times = (stamps - stamps[0]) * seconds_per_tick
         at = choose(len(stamps), times, how.fps, how.max_frames)
         with av.open(source) as container:
             stream = container.streams.video[0]
             check_size(source, len(at), stream.height, stream.width, 3)
-            frames = _decode(source, container, [stamps[k] for k in at], keys)
+            frames = _decode(source, container, stamps[at], keys)
     # A cut-off file may end before its last packets do.
-    return Clip(np.stack(frames), source, VIDEO, "video", tuple(times[k] - times[0] for k in at[: len(frames)]))
+    return Clip(np.stack(frames), source, VIDEO, "video", tuple(times[at[: len(frames)]].tolist()))
 
 
-def _stamps(source: str, container: Any) -> tuple[list[int], list[int], float]:
+def _stamps(source: str, container: Any) -> tuple[Ticks, Ticks, float]:
     """Presentation times of all frames and of the key frames, in ticks, sorted; nothing is decoded."""
     stream = container.streams.video[0]
-    stamps, keys = [], []
+    stamps, keys = array("q"), array("q")
     for packet in container.demux(stream):
         if packet.size == 0:
             continue
@@ -59,10 +62,10 @@ def _stamps(source: str, container: Any) -> tuple[list[int], list[int], float]:
             refuse(source, f"more than {MAX_PACKETS} frames", "fewer")
     if not stamps:
         refuse(source, "0 frames", "at least 1")
-    return sorted(stamps), sorted(keys), float(stream.time_base)
+    return np.sort(np.array(stamps)), np.sort(np.array(keys)), float(stream.time_base)
 
 
-def _decode(source: str, container: Any, wanted: list[int], keys: list[int]) -> list[Pixels]:
+def _decode(source: str, container: Any, wanted: Ticks, keys: Ticks) -> list[Pixels]:
     """The first frame at or after each of the wanted times."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -70,7 +73,8 @@ def _decode(source: str, container: Any, wanted: list[int], keys: list[int]) -> 
     decoded = container.decode(stream)
     now = -(1 << 62)
     while len(frames) < len(wanted):
-        nearest = keys[np.searchsorted(keys, wanted[len(frames)], side="right") - 1] if keys else now
+        before = int(np.searchsorted(keys, wanted[len(frames)], side="right"))
+        nearest = int(keys[before - 1]) if before else now
         if frames and now < nearest < wanted[len(frames)]:
             container.seek(nearest, stream=stream)
             decoded = container.decode(stream)

@@ -123,6 +123,8 @@ def test_text_with_images(processor: HuluMedProcessor) -> None:
     assert (out["input_ids"] == processor.image_token_id).sum() == 28
     batch = processor(text=["none", "<image>", "<image><image><image>"], images=[[], [IMAGE], [VIDEO]])
     assert batch["merge_sizes"].tolist() == [1, 2]
+    one_each = processor(text=["<image> a", "b <image>"], images=[IMAGE, IMAGE])
+    assert one_each["grid_thw"].tolist() == [[1, 4, 6], [1, 4, 6]]
     mixed = processor(text="<image><image><image><image>", images=[IMAGE, VIDEO])  # the other sizing rule
     assert mixed["merge_sizes"].tolist() == [1, 2]
     assert mixed["grid_thw"].tolist() == [[1, 4, 6], [3, 8, 8]]
@@ -168,7 +170,7 @@ def test_paths_and_options_in_the_released_words(processor: HuluMedProcessor) ->
         ({"conversation": user("x"), "text": "y"}, "expected one of them"),
         ({}, "expected one of them"),
         ({"text": "x", "return_labels": True}, "expected a conversation"),
-        ({"text": ["x", "y"], "images": [[IMAGE]]}, "images: has 1 lists, expected one for each of 2"),
+        ({"text": ["x", "y"], "images": [[IMAGE]]}, "images: has 1 entries, expected one for each of 2"),
     ],
 )
 def test_mistakes_are_told_in_one_line(processor: HuluMedProcessor, call: dict[str, Any], message: str) -> None:
@@ -196,6 +198,13 @@ def test_the_image_token_comes_from_the_config(tokenizer: Any) -> None:
 def test_normalised_pixels(processor: HuluMedProcessor) -> None:
     u8 = processor(user(image()))["pixel_values"]
     assert torch.equal(processor(user(image()), normalize=True)["pixel_values"], (u8.float() / 255 - 0.5) / 0.5)
+
+
+def test_a_batch_moves_as_others_do(processor: HuluMedProcessor) -> None:
+    out = processor(user(image()), normalize=True).to("cpu", torch.bfloat16)
+    assert out["pixel_values"].dtype == torch.bfloat16
+    assert out["input_ids"].dtype == torch.int64
+    assert out["modals"] == ["image"]
 
 
 def test_save_and_load(processor: HuluMedProcessor, tmp_path: Path) -> None:

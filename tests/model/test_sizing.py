@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from hulukern.pruning import prune_frames
 from model.image_processor import HuluMedImageProcessor
-from model.media import Clip, Reading, from_memory
+from model.media import Clip, Reading, from_memory, hounsfield_windows
 from model.sizing import cut_patches, frame_size, frame_sizes, resize_frames, resize_values
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -110,6 +111,20 @@ def test_intensities_are_resized_beyond_eight_bits() -> None:
     assert out[0, 14, -1, 0] == 3000
     with pytest.raises(ValueError, match="no int16 intensities"):
         resize_values(from_memory(values.astype(np.uint8), "volume", Reading()), (28, 56))
+
+
+def test_pruning_scores_hounsfield_windows() -> None:
+    """A change of 60 HU in soft tissue counts in its window and is lost over the whole range."""
+    values = np.full((2, 56, 56), 20, np.int16)
+    values[0, 0, 0], values[0, 0, 1] = -1000, 3000
+    values[1, 28:] = 80
+    clip = from_memory(values, "volume", Reading())
+    windows = hounsfield_windows("soft_tissue", "lung")
+    assert windows == [(-150, 250), (-1350, 150)]
+    scored = prune_frames(torch.from_numpy(resize_values(clip, (56, 56))), rule="previous", windows=windows)
+    assert scored.keep.tolist()[4:] == [False, False, True, True]
+    whole = prune_frames(torch.from_numpy(resize_frames(clip, (56, 56))), rule="previous")
+    assert whole.keep.tolist()[4:] == [True, False, False, False]  # a token only because a frame keeps one
 
 
 @pytest.mark.parametrize("merge", [1, 2])
