@@ -6,8 +6,6 @@ import argparse
 import importlib
 import sys
 
-from hulukern import BackendUnavailable
-
 # Name -> (module with add_arguments(parser), run(options) -> int and EXAMPLES, one line of help). Imported when named.
 COMMANDS = {
     "verify": ("model.verify", "the model against numbers from the released code"),
@@ -35,7 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # a reader that had enough, as head
         sys.stderr.close()
         return 0
-    except (ValueError, OSError, BackendUnavailable) as error:
+    except Exception as error:
+        from hulukern import BackendUnavailable  # here, since it loads torch, which --help does not need
+
+        if not isinstance(error, (ValueError, OSError, BackendUnavailable)):
+            raise
         print(f"{options.command}: {error}", file=sys.stderr)
         return 2
 
