@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", choices=[r for r in RULES if r != "budget"], help="default: the checkpoint's")
     parser.add_argument("--threshold", type=float, help="of the rule, in its unit")
     parser.add_argument("--keep", type=float, metavar="SHARE", help="prune to this share of the tokens instead")
+    parser.add_argument(
+        "--score-window", action="append", default=[], choices=list(WINDOWS), metavar="NAME",
+        help=f"prune a CT volume by what changes in this window; may be repeated ({', '.join(WINDOWS)})",
+    )  # fmt: skip
     parser.add_argument("--no-pruning", action="store_true")
     parser.add_argument("--axis", choices=list(PLANES), help="plane of a volume")
     parser.add_argument("--window", choices=list(WINDOWS), help="of a CT volume")
@@ -99,19 +103,23 @@ def run(options: argparse.Namespace) -> int:
         ends.append((stage, time.perf_counter()))
 
     processor = HuluMedProcessor.from_pretrained(options.directory, **({"released": True} if options.released else {}))
-    batch = dict(processor(conversation(options)))
+    scored = None
+    if options.score_window and pruning is not False:
+        chosen = pruning if isinstance(pruning, dict) else {"rule": "bounded"}
+        scored = {"windows": options.score_window, **chosen}
+    batch = dict(processor(conversation(options), prune=scored))
     done("read and resize")
     model = HuluMedForConditionalGeneration.from_pretrained(
         options.directory, backend=options.backend, dtype=options.dtype
     ).to(device)
     done("load")
-    ids, keep = batch.pop("input_ids").to(device), None
+    ids, keep = batch.pop("input_ids").to(device), batch.pop("keep", None)
     batch["attention_mask"] = batch["attention_mask"].to(device)
     with torch.inference_mode():
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].to(device)
             visual = {name: batch[name] for name in ("pixel_values", "grid_thw", "merge_sizes", "modals")}
-            keep = model.visual_mask(**visual, pruning=pruning)
+            keep = model.visual_mask(**visual, pruning=pruning) if keep is None else keep.to(device)
             done("mask")
         prompt = model.prompt(ids, **batch, pruning=False, keep=keep)
         done("encode")

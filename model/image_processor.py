@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import hulukern
-from model.media import IMAGE, Clip
-from model.sizing import MAX_TOKENS, MIN_TOKENS, PATCH, cut_patches, frame_sizes, resize_frames
+from hulukern.pruning import prune_frames
+from model.media import IMAGE, Clip, Window
+from model.media.clip import window_range
+from model.sizing import MAX_TOKENS, MIN_TOKENS, PATCH, cut_patches, frame_sizes, resize_frames, resize_values
 
 MAX_STRETCH = 32.0  # that a header's spacing may ask for
 
@@ -71,6 +74,33 @@ class HuluMedImageProcessor:
             tokens += [h * w // (self.patch_size * m) ** 2] * len(clip.frames)
         modals = ["image" if clip.kind == IMAGE else "video" for clip in clips]
         return Visual(torch.cat(patches), torch.tensor(grids), torch.tensor(list(merge_sizes)), modals, tokens)
+
+    def keep(
+        self, clips: Sequence[Clip], merge_sizes: Sequence[int], windows: Sequence[Window], **rule: Any
+    ) -> torch.Tensor:
+        """Which cells of :meth:`__call__` survive, bool ``[V]``, by what can be seen in intensity windows.
+
+        A volume's cell counts as changed if it changes in any of ``windows`` (names or (lo, hi) in the file's
+        own unit), whatever window its picture has. Clips without intensities are scored by their pixels,
+        images are kept whole. ``rule``: arguments of :func:`hulukern.pruning.prune_frames`.
+
+        Raises:
+            ValueError: windows that are no whole numbers apart; as :func:`hulukern.pruning.prune_frames`.
+        """
+        edges = [(round(lo), round(hi)) for lo, hi in map(window_range, windows)]
+        kept = []
+        for clip, m, (h, w) in zip(clips, merge_sizes, self.sizes(clips, merge_sizes), strict=True):
+            if clip.kind == IMAGE:
+                kept.append(torch.ones(h * w // (self.patch_size * m) ** 2, dtype=torch.bool))
+                continue
+            seen = clip.values is not None
+            frames = torch.from_numpy(resize_values(clip, (h, w)) if seen else resize_frames(clip, (h, w)))
+            pruned = prune_frames(
+                frames, patch_size=self.patch_size, merge_size=m, windows=edges if seen else None,
+                mean=self.image_mean[0], std=self.image_std[0], **rule,
+            )  # fmt: skip
+            kept.append(pruned.keep)
+        return torch.cat(kept)
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """uint8 patches as float32: (u8 / 255 - mean) / std."""

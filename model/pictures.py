@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 SHEET_FRAMES = 6
 GAP = 4
 ENLARGED = (224, 2400)  # pixels of height and width that small sheets grow towards
+LARGEST = (480, 2400)  # and that large ones shrink to
 SHADE = np.array([196, 54, 60], np.float32)  # dropped cells are mixed with this red
 
 
@@ -29,9 +30,10 @@ def contact_sheet(frames: torch.Tensor, keep: torch.Tensor, cell: int = 28) -> I
 
 
 def captioned(sheet: Image.Image, caption: str) -> Image.Image:
-    """The sheet under a line of text, small ones enlarged by a whole factor."""
+    """The sheet under a line of text, small ones enlarged by a whole factor, large ones shrunk."""
     factor = max(1, min(ENLARGED[0] // sheet.height, ENLARGED[1] // sheet.width))
     sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+    sheet.thumbnail(LARGEST[::-1])
     font = ImageFont.load_default(14)
     left, _, right, bottom = font.getbbox(caption)
     out = Image.new("RGB", (max(sheet.width, int(right - left) + 2 * GAP), int(bottom) + 2 * GAP + sheet.height))

@@ -82,6 +82,7 @@ class HuluMedProcessor:
         return_labels: bool = False,
         normalize: bool = False,
         padding_side: str | None = None,
+        prune: Mapping[str, Any] | None = None,
     ) -> BatchFeature:
         """One sample or a batch of B.
 
@@ -100,6 +101,9 @@ class HuluMedProcessor:
             return_labels: also ``labels``: the assistant's turns with their end, all else -100.
             normalize: float32 ``pixel_values`` in place of uint8.
             padding_side: in place of the processor's.
+            prune: also ``keep``, the mask of visual tokens that the model takes in place of a rule of its own:
+                ``{"windows": ["lung", "soft_tissue"], "rule": "bounded"}`` scores volumes in intensity
+                windows, see :meth:`model.image_processor.HuluMedImageProcessor.keep`.
 
         Returns:
             ``input_ids``, ``attention_mask`` (and ``labels``) int64 ``[B, L]``; and, where there are media,
@@ -125,6 +129,7 @@ class HuluMedProcessor:
         rows: list[npt.NDArray[np.int64]] = []
         labels: list[npt.NDArray[np.int64]] = []
         visuals: list[Visual] = []
+        kept: list[torch.Tensor] = []
         for sample, given in zip(samples, media, strict=True):
             if isinstance(sample, str):
                 turns, clips = [_Turn(sample, False)], [self._medium(x) for x in _many(given)]
@@ -136,6 +141,8 @@ class HuluMedProcessor:
                 merges = [merge_size] * len(clips)
             if clips:
                 visuals.append(self.image_processor(clips, merges))
+                if prune is not None:
+                    kept.append(self.image_processor.keep(clips, merges, **prune))
             row, label = self._encode(turns, visuals[-1].tokens if clips else [])
             rows.append(row)
             labels.append(label)
@@ -146,6 +153,8 @@ class HuluMedProcessor:
             data["grid_thw"] = torch.cat([v.grid_thw for v in visuals])
             data["merge_sizes"] = torch.cat([v.merge_sizes for v in visuals])
             data["modals"] = [modal for v in visuals for modal in v.modals]
+            if prune is not None:
+                data["keep"] = torch.cat(kept)
         return BatchFeature(data)
 
     def apply_chat_template(

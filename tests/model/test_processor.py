@@ -237,3 +237,22 @@ def test_the_template_as_text_and_back(processor: HuluMedProcessor) -> None:
     tokens = processor.apply_chat_template(talk, tokenize=True, add_generation_prompt=True)
     assert torch.equal(tokens["input_ids"], processor(text=shown, images=[VIDEO])["input_ids"])
     assert processor.batch_decode(tokens["input_ids"][:, -6:]) == ["Hi\nassistant\n"]
+
+
+def test_a_mask_from_intensity_windows_sees_what_the_picture_does_not(processor: HuluMedProcessor) -> None:
+    """A change from -700 to -500 HU is nothing in a bone window, and all there is in a lung window."""
+    values = np.full((4, 112, 112, 1), -700, np.int16)
+    values[2:, :28, :28] = -500
+    pixels = np.zeros(values.shape, np.uint8)  # a picture in which nothing is seen
+    clip = Clip(pixels, "ct", "volume", "array", values=values)
+    ask = [{"role": "user", "content": [{"type": "volume", "volume": clip}, {"type": "text", "text": "?"}]}]
+    lung = processor(ask, prune={"windows": ["lung"], "rule": "bounded"})["keep"].view(4, -1)
+    bone = processor(ask, prune={"windows": ["bone"], "rule": "bounded"})["keep"].view(4, -1)
+    assert lung.sum(1).tolist() == [16, 0, 1, 0]
+    assert lung[2, 0]
+    assert bone.sum(1).tolist() == [16, 0, 0, 0]
+    either = processor(ask, prune={"windows": ["bone", "lung"], "rule": "bounded"})["keep"].view(4, -1)
+    assert torch.equal(either, lung)
+    assert "keep" not in processor(ask)
+    with pytest.raises(ValueError, match="threshold"):
+        processor(ask, prune={"windows": ["lung"], "rule": "bounded", "threshold": -1.0})
