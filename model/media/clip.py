@@ -19,6 +19,7 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 1 << 30  # values T*H*W*C of one input, 1 GiB of uint8; checked before anything is decoded
+MAX_BYTES = 1 << 31  # of one volume as it is stored
 MAX_FRAMES = 20_000  # that a header may claim, or a folder hold
 MAX_TOLD = 160  # characters of a decoder's own words in a refusal
 MAX_TICKS = 10_000_000  # times that a rate asks for; beyond, all frames are candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -259,6 +260,8 @@ def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -
             refuse(source, f"pixels compressed as {syntax.name}", "a transfer syntax of still images")
         if not able:
             refuse(source, f"pixels compressed as {syntax.name}", f"a decoder for them: pip install {DECODERS}")
+        for k in at:
+            _check_coded_size(source, data, int(k))
     palette = data.PhotometricInterpretation == "PALETTE COLOR"
     for pixels in iter_pixels(data, indices=[int(k) for k in at]):  # YBR comes as RGB
         if palette:
@@ -267,6 +270,33 @@ def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -
                 pixels = pixels >> 8
             pixels = pixels.astype(np.uint8)
         yield pixels
+
+
+def _check_coded_size(source: str, data: Any, frame: int) -> None:
+    """The size in a JPEG or JPEG 2000 stream is what its decoder allocates: it must be the header's."""
+    from pydicom.encaps import get_frame
+
+    stream = get_frame(data.PixelData, frame, number_of_frames=int(data.get("NumberOfFrames") or 1))
+    size = _coded_size(stream)
+    if size is not None and size != (data.Rows, data.Columns):
+        refuse(source, f"pixels coded as {size[0]}x{size[1]}", f"{data.Rows}x{data.Columns} as in the header")
+
+
+def _coded_size(stream: bytes) -> tuple[int, int] | None:
+    """(rows, columns) of a JPEG 2000 (SIZ), JPEG or JPEG-LS (start of frame) stream; None for others."""
+    if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) >= 24:
+        right, bottom, left, top = struct.unpack(">4I", stream[8:24])
+        return bottom - top, right - left
+    if stream[:2] != b"\xff\xd8":
+        return None
+    i = 2
+    while i + 9 <= len(stream) and stream[i] == 0xFF:
+        marker, length = stream[i + 1], 2 + int.from_bytes(stream[i + 2 : i + 4])
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            rows, columns = struct.unpack(">2H", stream[i + 5 : i + 9])
+            return rows, columns
+        i += 1 if marker == 0xFF else length  # 0xFF: a fill byte
+    return None
 
 
 def _rescale(data: Any, pixels: npt.NDArray[Any], frame: int) -> npt.NDArray[Any]:

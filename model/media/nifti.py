@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.media.clip import (
+    MAX_BYTES,
     MAX_FRAMES,
     VOLUME,
     Clip,
@@ -124,10 +125,12 @@ def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
             if len(shape) not in (3, 4):
                 refuse(source, f"{len(shape)} dimensions", "a volume (3) or a series of volumes (4)")
             check_size(source, *shape[:3])
-            check_size(source, *shape)
-            if max(shape[:3]) > MAX_FRAMES:
-                refuse(source, f"a claimed size of {' x '.join(map(str, shape))}", f"sides of at most {MAX_FRAMES}")
+            if len(shape) == 4 and shape[3] < 1:
+                refuse(source, f"{shape[3]} volumes", "at least 1")
             dtype = header.get_data_dtype()
+            if max(shape) > MAX_FRAMES or math.prod(shape[:3]) * dtype.itemsize > MAX_BYTES:
+                most = f"sides of at most {MAX_FRAMES} and {MAX_BYTES} bytes"
+                refuse(source, f"a claimed size of {' x '.join(map(str, shape))} {dtype}", most)
             if dtype.fields is not None or dtype.kind not in "iuf":
                 refuse(source, f"voxels of type {dtype}", "integers or floats")
             n = shape[3] if len(shape) == 4 else 1
@@ -136,7 +139,7 @@ def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
             voxels = math.prod(shape[:3])
             offset = max(int(header.get_data_offset()), header_type.template_dtype.itemsize)
             skipped = offset - header_type.template_dtype.itemsize + volume * voxels * dtype.itemsize
-            data = b"" if _skip(file, skipped) else file.read(voxels * dtype.itemsize)
+            data = b"" if _skip(file, skipped) else _take(file, voxels * dtype.itemsize)
             if len(data) < voxels * dtype.itemsize:
                 refuse(source, f"data that cannot be read beyond {len(data)} bytes", f"{voxels * dtype.itemsize}")
             rest = (n - 1 - volume) * voxels * dtype.itemsize + SLACK
@@ -147,6 +150,14 @@ def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     if slope is not None and (slope, intercept or 0) != (1, 0):
         values = values * np.float32(slope) + np.float32(intercept or 0)
     return values, header.get_best_affine()
+
+
+def _take(file: IO[bytes] | gzip.GzipFile, n: int) -> bytearray:
+    """Up to n bytes; memory grows with what comes, not with n."""
+    data = bytearray()
+    while piece := file.read(min(n - len(data), 1 << 20)):
+        data += piece
+    return data
 
 
 def _skip(file: IO[bytes] | gzip.GzipFile, n: int) -> int:

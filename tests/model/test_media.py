@@ -441,6 +441,20 @@ def bomb(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("name", "at"),
+    [("emri_small_jpeg_2k_lossless.dcm", b"\xff\x4f\xff\x51"), ("color3d_jpeg_baseline.dcm", b"\xff\xc0")],
+)
+def test_a_coded_size_beyond_the_headers_is_refused_before_decoding(name: str, at: bytes, tmp_path: Path) -> None:
+    files = importlib.metadata.files("pydicom-data") or []
+    data = bytearray(next(f for f in files if f.name == name).read_binary())
+    place = data.index(at) + (8 if len(at) == 4 else 5)
+    data[place : place + 2] = b"\x7f\xff"
+    (tmp_path / "a.dcm").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.dcm: has pixels coded as .*, expected .* as in the header"):
+        load_frames(tmp_path / "a.dcm")
+
+
+@pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("claims", "claimed size of 30000 x 30000 x 30000"), ("inflates", "more data than its header claims"),
