@@ -11,7 +11,7 @@ import torch
 import hulukern
 from hulukern.pruning import prune_frames
 from model.media import IMAGE, Clip, Window
-from model.media.clip import window_range
+from model.media.clip import score_windows
 from model.sizing import MAX_TOKENS, MIN_TOKENS, PATCH, cut_patches, frame_sizes, resize_frames, resize_values
 
 MAX_STRETCH = 32.0  # that a header's spacing may ask for
@@ -87,7 +87,7 @@ class HuluMedImageProcessor:
         Raises:
             ValueError: windows that are no whole numbers apart; as :func:`hulukern.pruning.prune_frames`.
         """
-        edges = [(round(lo), round(hi)) for lo, hi in map(window_range, windows)]
+        edges = score_windows(windows)
         kept = []
         for clip, m, (h, w) in zip(clips, merge_sizes, self.sizes(clips, merge_sizes), strict=True):
             if clip.kind == IMAGE:

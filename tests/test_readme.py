@@ -42,9 +42,15 @@ def test_tables_are_what_the_specs_say(name: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_python_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
-        exec(compile(code, page, "exec"), {})
+def test_python_examples_run(page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    names = {"checkpoint": tmp_path / "tiny", "scan": ROOT / "tests/data/totalsegmentator/example_ct_sm.nii.gz"}
+    if any("checkpoint" in code for code in codes):
+        from model import tiny
+
+        tiny.write(names["checkpoint"])
+    for code in codes:
+        exec(compile(code, page, "exec"), dict(names))
         if "print(" in code:
             assert capsys.readouterr().out
 

@@ -18,15 +18,24 @@ from model.media.clip import (
     Pixels,
     Reading,
     Window,
-    hounsfield_windows,
     reading,
     refuse,
+    score_windows,
 )
 from model.media.image import from_memory
 
 __all__ = [
-    "IMAGE", "VIDEO", "VOLUME", "WINDOWS", "Clip", "Pixels", "Reading", "Window", "from_memory", "hounsfield_windows",
+    "IMAGE",
+    "VIDEO",
+    "VOLUME",
+    "WINDOWS",
+    "Clip",
+    "Pixels",
+    "Reading",
+    "Window",
+    "from_memory",
     "load_frames",
+    "score_windows",
 ]  # fmt: skip
 
 HEAD = 352  # bytes that tell every kind: NIfTI's magic ends there

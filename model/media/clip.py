@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -132,9 +132,9 @@ def window_range(window: Window) -> tuple[float, float]:
     return lo, hi
 
 
-def hounsfield_windows(*names: str) -> list[tuple[int, int]]:
-    """Named windows as :func:`hulukern.pruning.prune_frames` takes them, all of them without names."""
-    return [(int(lo), int(hi)) for lo, hi in map(window_range, names or WINDOWS)]
+def score_windows(windows: Iterable[Window]) -> list[tuple[int, int]]:
+    """Windows as :func:`hulukern.pruning.prune_frames` takes them: whole numbers."""
+    return [(round(lo), round(hi)) for lo, hi in map(window_range, windows)]
 
 
 def extent(source: str, values: npt.NDArray[Any], window: Window | None) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hulukern.pruning import prune_frames
 from model.image_processor import HuluMedImageProcessor
-from model.media import Clip, Reading, from_memory, hounsfield_windows
+from model.media import Clip, Reading, from_memory, score_windows
 from model.sizing import cut_patches, frame_size, frame_sizes, resize_frames, resize_values
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -119,7 +119,7 @@ def test_pruning_scores_hounsfield_windows() -> None:
     values[0, 0, 0], values[0, 0, 1] = -1000, 3000
     values[1, 28:] = 80
     clip = from_memory(values, "volume", Reading())
-    windows = hounsfield_windows("soft_tissue", "lung")
+    windows = score_windows(["soft_tissue", "lung"])
     assert windows == [(-150, 250), (-1350, 150)]
     scored = prune_frames(torch.from_numpy(resize_values(clip, (56, 56))), rule="previous", windows=windows)
     assert scored.keep.tolist()[4:] == [False, False, True, True]
