@@ -96,6 +96,8 @@ def _pixels(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 def _norm(sizes: Any, channels: int) -> Arguments:
     if sizes.get("raw"):
         return {"mean": None, "std": None}
+    if sizes.get("plain"):
+        return {"mean": [0.0] * channels, "std": [1.0] * channels}
     return {"mean": [*MEAN, 0.1][:channels], "std": [*STD, 0.7][:channels]}
 
 
@@ -125,7 +127,7 @@ def _sample_cut(case: Case, dtype: torch.dtype, device: torch.device, g: torch.G
         "merge_size": s["merge_size"],
         "channels": s.get("channels", s["THWC"][3]),
         **_norm(s, s.get("channels", s["THWC"][3])),
-        "window": [-1000, 400] if dtype == torch.int16 else [],
+        "window": list(s.get("window", (-1000, 400))) if dtype == torch.int16 else [],
         "dtype": s.get("out", torch.float32),
         "with_scores": s.get("scores", True),
     }
@@ -223,11 +225,15 @@ _FRAMES_BAD = (
     BadCall("window_for_uint8", lambda a: {**a, "window": [0, 255]}, ValueError, ("window", "uint8")),
 )
 
+_TIES = {"THWC": (2, 28, 56, 1), "patch_size": 14, "merge_size": 2, "channels": 1, "plain": True}
 _CUT_CASES = (
     Case("rgb", {"THWC": (3, 56, 84, 3), "patch_size": 14, "merge_size": 2}),
     Case("bf16", {"THWC": (2, 56, 56, 3), "patch_size": 14, "merge_size": 2, "out": torch.bfloat16}),
     Case("fp16", {"THWC": (2, 28, 84, 3), "patch_size": 14, "merge_size": 1, "out": torch.float16}),
     Case("raw", {"THWC": (2, 32, 64, 3), "patch_size": 16, "merge_size": 2, "raw": True}),
+    # Windows of 2**9 and 2**12: every other value lies halfway between two of the output's.
+    Case("ties_bf16", {**_TIES, "window": (0, 512), "out": torch.bfloat16}),
+    Case("ties_fp16", {**_TIES, "window": (-2048, 2048), "out": torch.float16}),
     Case("gray", {"THWC": (4, 28, 56, 1), "patch_size": 14, "merge_size": 2, "channels": 3, "out": torch.bfloat16}),
     Case("odd", {"THWC": (3, 45, 75, 3), "patch_size": 5, "merge_size": 3}, frozenset({"odd"})),
     Case("no_scores", {"THWC": (2, 28, 28, 3), "patch_size": 14, "merge_size": 1, "scores": False}),
