@@ -101,7 +101,7 @@ def print_tables(console: Console, path: Path) -> None:
     data = load_results(path)
     copy = data["copy_bytes_per_s"] / 1e9
     titles = {
-        "Tokens, drift and time by input and rule (backend cpu, stages in ms)": pruning_table(data),
+        "Tokens, drift and time by input and rule (backend cpu, stages in ms; a single frame is kept whole)": pruning_table(data),
         f"Ops (copy bandwidth {copy:.1f} GB/s, read plus written)": op_table(data),
         "Checks": check_table(data),
     }
@@ -258,7 +258,7 @@ Copy bandwidth {data["copy_bytes_per_s"] / 1e9:.1f} GB/s.</p>
 <h2>Reduction against the 55 % target</h2>{_embed(_reduction_plot(data), "reduction by input and rule", True)}
 <ul>{rules}</ul>{_table(pruning_table(data))}
 <p>Drift: mean |difference| of a dropped cell to the last kept version of it, in normalised units; lost: dropped
-before any version was kept.</p>
+before any version was kept. A single frame is kept whole, except by budget.</p>
 <h2>Time by stage</h2>{_embed(_time_plot(data), "time by stage", True)}
 <h2>Ops</h2>{_embed(_share_plot(data), "share of copy bandwidth", True)}{_table(op_table(data))}
 <h2>Checks</h2>{_table(check_table(data))}
