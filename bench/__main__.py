@@ -3,74 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from pathlib import Path
 
-EXAMPLES = """examples:
-  python -m bench quick                          the main job: bench/out/quick.json and report.html
-  python -m bench quick --input scan.nii.gz      your own DICOM, NIfTI, video, image or folder of images too
-  python -m bench quick --seconds 10 --out /tmp/b
-  python -m bench device --help                  on a machine with a GPU
-
-exit codes: 0 done, 1 implementations disagree, 2 bad input or arguments
-"""
+# Name -> (module with add_arguments(parser), run(options) -> int and EXAMPLES, one line of help). Imported when named.
+COMMANDS = {
+    "quick": ("bench.main_job", "the main job on real input: tokens, drift and time by rule"),
+    "compare": ("bench.compare", "verdicts on two result files, ours or pytest-benchmark's"),
+    "gate": ("bench.gate", "measure a base and a head in turns, and judge"),
+    "device": ("bench.device", "everything that needs a GPU"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a check failed, 2 bad input or arguments, or nothing that can be judged."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["device"]:
-        from bench import device
-
-        return device.main(arguments[1:])
-    parser = argparse.ArgumentParser(
-        "python -m bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    raw = argparse.RawDescriptionHelpFormatter
-    quick = commands.add_parser("quick", help="the main job on real input", epilog=EXAMPLES, formatter_class=raw)
-    quick.add_argument("--input", action="append", default=[], metavar="FILE", help="a file or folder of your own")
-    quick.add_argument("--out", type=Path, default=Path("bench/out"), metavar="DIR", help="default: bench/out")
-    quick.add_argument("--seconds", type=float, default=24.0, help="measuring time, about (default: 24)")
-    quick.add_argument("--max-frames", type=int, default=64, help="of one input, evenly chosen (default: 64)")
-    quick.add_argument("--picture", type=Path, metavar="PNG", help="also write one contact sheet")
-    commands.add_parser("device", help="everything that needs a GPU", add_help=False)
+    parser = argparse.ArgumentParser("python -m bench", description="Benchmarks, run from a checkout.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if arguments[:1] == [name]:
+            loaded = importlib.import_module(module)
+            command.description, command.epilog = loaded.__doc__, loaded.EXAMPLES
+            loaded.add_arguments(command)
+            command.set_defaults(run=loaded.run)
     options = parser.parse_args(arguments)
-    if not options.seconds > 0 or options.max_frames < 1:
-        print("bench: --seconds and --max-frames have values not above 0, expected above 0", file=sys.stderr)
-        return 2
-    return _quick(options)
-
-
-def _quick(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from bench import report
-    from bench.quick import Disagreement, Quick, read_inputs
-    from bench.results import write_results, write_text
-
-    # Where output goes to a file, rows stay whole; a terminal wraps what it cannot show.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     try:
-        inputs = read_inputs(options.input, options.max_frames)
-        if options.out.exists() and not options.out.is_dir():
-            raise ValueError(f"{options.out}: has a file there, expected a folder for the results")
+        return int(options.run(options))
     except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"bench {options.command}: {error}", file=sys.stderr)
         return 2
-    job = Quick(inputs, options.seconds, console)
-    try:
-        job.run()
-    except Disagreement as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    target = options.out / "quick.json"
-    write_results(target, job.rows, job.checks, **job.extra())
-    write_text(options.out / "report.html", report.html(target, job.inputs, job.masks))
-    if options.picture is not None:
-        report.save_picture(options.picture, job.inputs[0], job.masks)
-    report.print_tables(console, target)
-    console.print(f"\n{target}\n{options.out / 'report.html'}")
-    return 0
 
 
 if __name__ == "__main__":

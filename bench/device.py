@@ -200,11 +200,7 @@ def print_table(run: Run) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m bench device", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Path(os.environ.get("OUT") or ROOT / "bench/out/device")
     parser.add_argument("--out", type=Path, default=default, help="folder for the results (default: $OUT)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal")
@@ -212,13 +208,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="per op and direction (default: 0.5)")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-sanitizer", action="store_true")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
     if not options.seconds > 0:
-        print(f"bench device: --seconds has value {options.seconds}, expected above 0", file=sys.stderr)
-        return 2
+        raise ValueError(f"--seconds: has {options.seconds}, expected above 0")
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench device: torch finds no CUDA device; --device cpu is a rehearsal", file=sys.stderr)
-        return 2
+        raise ValueError("torch: has no CUDA device, expected one; --device cpu is a rehearsal")
     begin, failures = time.monotonic(), []
 
     def say(text: str) -> None:
@@ -237,19 +233,19 @@ def main(arguments: list[str]) -> int:
         say(str(more["sanitizer"]))
         if any(code for code in more["sanitizer"].values()):
             failures.append("sanitizer")
-    run = Run(options.device, options.seconds, [], [])
-    copy_bandwidth(run)
+    job = Run(options.device, options.seconds, [], [])
+    copy_bandwidth(job)
     for name in options.op or hulukern.OPS:
         say(name)
         for direction in ("fwd", "bwd"):
             try:
-                time_op(run, hulukern.OPS[name].spec, direction)
+                time_op(job, hulukern.OPS[name].spec, direction)
             except Exception as error:  # one op's failure must not cost the lease the rest
                 failures.append(f"{name} {direction}: {type(error).__name__}: {error}")
                 say(failures[-1])
-    more |= {"gpu_after": gpu_state(), "copy_bytes_per_s": run.copy_bytes_per_s, "failures": failures}
-    write_results(options.out / "device.json", run.rows, run.checks, **more)
-    print_table(run)
+    more |= {"gpu_after": gpu_state(), "copy_bytes_per_s": job.copy_bytes_per_s, "failures": failures}
+    write_results(options.out / "device.json", job.rows, job.checks, **more)
+    print_table(job)
     print(f"\n{options.out / 'device.json'}" + "".join(f"\nfailed: {f}" for f in failures))
     return 1 if failures else 0
 

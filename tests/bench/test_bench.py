@@ -109,7 +109,7 @@ def test_bad_arguments_exit_2_without_a_traceback(arguments: tuple[str, ...], sa
 def test_device_run_without_a_gpu_says_so() -> None:
     done = bench("device", "--no-tests")
     assert done.returncode == 2
-    assert "no CUDA device" in done.stderr
+    assert "has no CUDA device" in done.stderr
 
 
 def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""Compare two result files: ours, or any project's pytest-benchmark JSON.
+
+A ratio is head / base, above 1 is slower. A verdict needs a whole 95 % interval on one side of the threshold.
+Two files were not measured in turns, so a drift of the machine between them is in the ratio; `gate` measures both
+builds in turns and is what CI should trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.results import load_results, write_text
+from bench.stats import AMBIGUOUS, SLOWER, Ratio, of_intervals, unpaired
+from bench.timing import Timing
+
+EXAMPLES = """examples:
+  python -m bench compare base.json head.json
+  python -m bench compare base.json head.json --threshold 0.05 --markdown pr.md --junit junit.xml
+  pytest --benchmark-json head.json && python -m bench compare base.json head.json    any project's
+
+exit codes: 0 none slower, 1 some slower, 2 cannot judge: ambiguous, other devices, nothing in common, bad files
+"""
+THRESHOLD = 0.03
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Samples in seconds where the file holds them, else median and interval."""
+
+    timing: Timing
+    samples: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One file. ``device``: what two runs must share for their times to be comparable."""
+
+    source: str
+    device: str
+    measurements: Mapping[str, Measurement]
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    ratio: Ratio
+    verdict: str
+
+
+def load(path: Path) -> Run:
+    """Raises ValueError naming the file when it is neither form."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: has content that cannot be read ({error}), expected results JSON") from None
+    if isinstance(data, dict) and "benchmarks" in data and "machine_info" in data:
+        return _foreign(path, data)
+    return _own(path, load_results(path))
+
+
+def _own(path: Path, data: dict[str, Any]) -> Run:
+    meta = data.get("meta", {})
+    gpu, cpu = meta.get("gpu") or [], meta.get("cpu", {})
+    device = ", ".join(gpu) or f"{cpu.get('model')}, {cpu.get('torch_threads')} threads"
+    samples = data.get("samples") or [()] * len(data["rows"])
+    found = {}
+    for row, values in zip(data["rows"], samples, strict=True):
+        name = "/".join(row[k] for k in ("op", "case", "dtype", "direction", "impl"))
+        found[name] = Measurement(Timing(row["median_s"], row["low_s"], row["high_s"], len(values)), values)
+    return Run(str(path), device, found)
+
+
+def _foreign(path: Path, data: dict[str, Any]) -> Run:
+    """pytest-benchmark's, with or without --benchmark-save-data: then the quartiles stand for the interval of
+    the median, narrowed by the root of the number of rounds."""
+    try:
+        cpu = data["machine_info"].get("cpu") or {}
+        device = f"{cpu.get('brand_raw') or data['machine_info'].get('machine')}, {cpu.get('count')} cores"
+        found = {}
+        for entry in data["benchmarks"]:
+            s = entry["stats"]
+            spread = 1.57 * (s["q3"] - s["q1"]) / max(s["rounds"], 1) ** 0.5  # a boxplot's notch: 95 % of a median
+            timing = Timing(s["median"], max(s["median"] - spread, s["min"]), s["median"] + spread, s["rounds"])
+            found[entry["fullname"]] = Measurement(timing, s.get("data") or ())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: has no {error} where pytest-benchmark writes it, expected its JSON") from None
+    return Run(str(path), device, found)
+
+
+def compare(base: Run, head: Run, threshold: float) -> list[Finding]:
+    """Every measurement that both have, in the order of ``head``.
+
+    Raises:
+        ValueError: the devices differ, or nothing is in both.
+    """
+    if base.device != head.device:
+        raise ValueError(f"{head.source}: has times of {head.device!r}, expected {base.device!r} as {base.source}")
+    common = [name for name in head.measurements if name in base.measurements]
+    if not common:
+        raise ValueError(f"{head.source}: has no measurement that {base.source} has, expected some in common")
+    found = []
+    for name in common:
+        a, b = base.measurements[name], head.measurements[name]
+        enough = min(len(a.samples), len(b.samples)) >= 5
+        ratio = unpaired(a.samples, b.samples) if enough else of_intervals(a.timing, b.timing)
+        found.append(Finding(name, ratio, ratio.verdict(threshold)))
+    return found
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    verdicts = {f.verdict for f in findings}
+    return 1 if SLOWER in verdicts else 2 if AMBIGUOUS in verdicts else 0
+
+
+# --- what people and CI read --------------------------------------------------------------------------------
+
+
+def table(findings: Sequence[Finding]) -> str:
+    width = max(len(f.name) for f in findings)
+    lines = [f"{'measurement':<{width}}  head/base  95 % interval    n    verdict"]
+    for f in findings:
+        r = f.ratio
+        lines.append(f"{f.name:<{width}}  {r.value:9.3f}  {r.low:.3f} .. {r.high:.3f}  {r.n:4d}  {f.verdict}")
+    return "\n".join(lines)
+
+
+def summary(findings: Sequence[Finding], threshold: float) -> str:
+    counts = {v: sum(f.verdict == v for f in findings) for v in ("SLOWER", "AMBIGUOUS", "FASTER", "SAME")}
+    return ", ".join(f"{n} {v}" for v, n in counts.items() if n) + f" at a threshold of {100 * threshold:g} %"
+
+
+def markdown(findings: Sequence[Finding], threshold: float) -> str:
+    """For a pull request: what is not SAME in sight, the rest folded."""
+    head = ["| measurement | head / base | 95 % interval | verdict |", "|---|---:|---:|---|"]
+
+    def rows(chosen: Sequence[Finding]) -> list[str]:
+        return [
+            f"| `{f.name}` | {f.ratio.value:.3f} | {f.ratio.low:.3f} – {f.ratio.high:.3f} | {f.verdict} |"
+            for f in chosen
+        ]
+
+    loud = [f for f in findings if f.verdict != "SAME"]
+    quiet = [f for f in findings if f.verdict == "SAME"]
+    lines = [f"### Performance: {summary(findings, threshold)}", ""]
+    if loud:
+        lines += [*head, *rows(loud), ""]
+    if quiet:
+        lines += [f"<details><summary>{len(quiet)} unchanged</summary>", "", *head, *rows(quiet), "", "</details>", ""]
+    return "\n".join(lines)
+
+
+def junit(findings: Sequence[Finding], threshold: float) -> str:
+    """A failure for SLOWER, an error for AMBIGUOUS: CI shows both, each under its name."""
+    verdicts = [f.verdict for f in findings]
+    suite = ElementTree.Element(
+        "testsuite", name="performance", tests=str(len(findings)), failures=str(verdicts.count(SLOWER)),
+        errors=str(verdicts.count(AMBIGUOUS)),
+    )  # fmt: skip
+    for f in findings:
+        case = ElementTree.SubElement(suite, "testcase", classname="performance", name=f.name)
+        text = f"head/base {f.ratio.value:.3f} ({f.ratio.low:.3f} .. {f.ratio.high:.3f}), threshold {threshold:g}"
+        if f.verdict in (SLOWER, AMBIGUOUS):
+            kind = "failure" if f.verdict == SLOWER else "error"
+            ElementTree.SubElement(case, kind, message=f"{f.verdict}: {text}", type=f.verdict)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"share (default: {THRESHOLD})")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write Markdown for a pull request")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="also write JUnit XML")
+
+
+def check_threshold(threshold: float) -> None:
+    if not 0 < threshold < 10:
+        raise ValueError(f"--threshold: has {threshold}, expected a share above 0, such as 0.03")
+
+
+def report(findings: Sequence[Finding], options: argparse.Namespace) -> int:
+    print(table(findings))
+    print(summary(findings, options.threshold))
+    if options.markdown is not None:
+        write_text(options.markdown, markdown(findings, options.threshold))
+    if options.junit is not None:
+        write_text(options.junit, junit(findings, options.threshold))
+    return exit_code(findings)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", type=Path)
+    parser.add_argument("head", type=Path)
+    add_output_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    check_threshold(options.threshold)
+    base, head = load(options.base), load(options.head)
+    findings = compare(base, head, options.threshold)
+    for run_, other in ((base, head), (head, base)):
+        alone = [n for n in run_.measurements if n not in other.measurements]
+        if alone:
+            print(f"{run_.source}: {len(alone)} measurements that {other.source} has not", file=sys.stderr)
+    return report(findings, options)

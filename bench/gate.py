@@ -1,0 +1,206 @@
+"""Gate a change: builds a base and a head, measures both in turns, and gives a verdict per op.
+
+Each side is a process of its own; blocks of about 20 ms alternate (base head head base …), so that what drifts slower
+than a pair cancels. A block counts by the median of its calls. Processes are started anew several times,
+since where memory happens to lie can make one process a few percent slower for its whole life: pairs come from all
+of them alike. Measuring stops early for what is decided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.compare import Finding, add_output_arguments, check_threshold, report
+from bench.results import row, write_results
+from bench.stats import AMBIGUOUS, paired
+from bench.timing import summarize
+
+EXAMPLES = """examples:
+  python -m bench gate --base origin/main
+  python -m bench gate --base HEAD~1 --op token_score --seconds 10 --markdown pr.md --junit junit.xml
+  python -m bench gate --base HEAD                    what this machine's noise does: everything should be SAME
+
+exit codes: 0 none slower, 1 some slower, 2 cannot judge: ambiguous, a build that fails, bad arguments
+"""
+ROOT = Path(__file__).parents[1]
+BLOCK_S = 0.02
+MIN_CALLS = 7  # in a block, whose median counts
+LAUNCHES = 4  # of each side
+MIN_PAIRS = 24  # over all launches
+CHECK_EVERY = 8  # pairs between looks at the interval
+
+
+class Side:
+    """A worker process that measures one build."""
+
+    def __init__(self, root: Path, device: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        command = [sys.executable, str(ROOT / "bench" / "worker.py"), device]
+        self.root = root
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self, **request: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            said = (self.process.communicate()[1] or "").strip().splitlines()
+            raise ValueError(f"{self.root}: has a worker that died ({said[-1] if said else 'no message'})")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass
+class Pairs:
+    """Seconds per call, base and head of each pair."""
+
+    base: list[float] = field(default_factory=list)
+    head: list[float] = field(default_factory=list)
+    decided: bool = False
+
+
+def measure(
+    base: Path, head: Path, device: str, wanted: list[str] | None, seconds: float, threshold: float
+) -> dict[str, Pairs]:
+    """Pairs for everything both builds can do, ``seconds`` of measuring per name at most."""
+    found: dict[str, Pairs] = {}
+    for launch in range(LAUNCHES):
+        with Side(base, device) as a, Side(head, device) as b:
+            theirs, ours = a.ask(list=None), b.ask(list=None)
+            names = [n for n in ours if theirs.get(n) == ours[n] and (not wanted or n.split("/")[0] in wanted)]
+            if not names:
+                raise ValueError(f"{head}: has nothing to measure that {base} has, expected ops in common")
+            for name in names:
+                pairs = found.setdefault(name, Pairs())
+                # Every launch adds its share, whatever the last one saw: an early stop must not rest on one process.
+                _measure_one(a, b, name, pairs, seconds / LAUNCHES, threshold, last=launch == LAUNCHES - 1)
+    return found
+
+
+def _measure_one(a: Side, b: Side, name: str, pairs: Pairs, seconds: float, threshold: float, last: bool) -> None:
+    once = min(a.ask(name=name, calls=3), b.ask(name=name, calls=3))
+    calls = max(MIN_CALLS, min(10_000, round(BLOCK_S / max(once, 1e-7))))
+    end, fresh = time.perf_counter() + seconds, 0
+    while True:
+        order = (a, b) if len(pairs.base) % 2 == 0 else (b, a)
+        times = {id(side): side.ask(name=name, calls=calls) for side in order}
+        pairs.base.append(times[id(a)])
+        pairs.head.append(times[id(b)])
+        fresh += 1
+        if fresh < MIN_PAIRS // LAUNCHES or fresh % CHECK_EVERY:
+            continue
+        ratio = paired(pairs.base, pairs.head)
+        clear = ratio.verdict(threshold) != AMBIGUOUS and len(pairs.base) >= MIN_PAIRS
+        if (last and clear) or time.perf_counter() > end:
+            return
+
+
+def worktree(reference: str, folder: Path) -> Path:
+    """A built checkout of ``reference``, kept under its commit's name for the next time."""
+    commit = _git("rev-parse", "--verify", f"{reference}^{{commit}}")
+    path = folder / commit[:12]
+    if not path.exists():
+        _git("worktree", "prune")
+        _git("worktree", "add", "--detach", "--force", str(path), commit)
+    _build(path)
+    return path
+
+
+def _build(root: Path) -> None:
+    """Like `make build` in that tree, without CUDA where no GPU is: what it runs is all that is measured."""
+    sources = sorted([*(root / "csrc").rglob("*"), root / "CMakeLists.txt", root / "setup.py"])
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.is_file())).hexdigest()
+    stamp = root / "build" / "gate.stamp"
+    if stamp.exists() and stamp.read_text() == digest:
+        return
+    import torch
+
+    options = "" if torch.cuda.is_available() else "-DHULUKERN_CUDA=OFF"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=root, text=True, capture_output=True,
+        env={**os.environ, "HULUKERN_CMAKE_ARGS": options, "PATH": _path()}, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"{root}: has a build that fails ({(done.stderr or done.stdout).strip()[-400:]})")
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text(digest)
+
+
+def _path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, text=True, capture_output=True, check=False)
+    if done.returncode:
+        raise ValueError(f"git {' '.join(arguments)}: has failed ({done.stderr.strip()}), expected a commit here")
+    return done.stdout.strip()
+
+
+def judge(found: Mapping[str, Pairs], threshold: float) -> list[Finding]:
+    findings = []
+    for name, pairs in found.items():
+        ratio = paired(pairs.base, pairs.head)
+        findings.append(Finding(name, ratio, ratio.verdict(threshold)))
+    return findings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="REF", help="a commit, branch or tag")
+    parser.add_argument("--head", metavar="REF", help="another one (default: the working tree as it is)")
+    parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of measuring per op and case, at most (default: 8)")
+    parser.add_argument("--worktrees", type=Path, default=ROOT / "build" / "gate", metavar="DIR", help="kept there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every pair")
+    add_output_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    check_threshold(options.threshold)
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds: has {options.seconds}, expected above 0")
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base = worktree(options.base, options.worktrees)
+    head = ROOT if options.head is None else worktree(options.head, options.worktrees)
+    if head == ROOT:
+        subprocess.run(["make", "--silent", "build"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print(f"base {base.name}, head {'the working tree' if head == ROOT else head.name}, {device}", file=sys.stderr)
+    found = measure(base, head, device, options.op, options.seconds, options.threshold)
+    if options.json is not None:
+        rows, samples = [], []
+        for name, pairs in found.items():
+            op, case, dtype, direction, impl = name.split("/")
+            for side, values in (("base", pairs.base), ("head", pairs.head)):
+                rows.append(row(op, case, dtype, direction, f"{impl} {side}", summarize(values)))
+                samples.append(values)
+        write_results(options.json, rows, [], samples=samples)
+    return report(judge(found, options.threshold), options)

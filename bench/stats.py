@@ -1,0 +1,65 @@
+"""Verdicts on ratios of times: what an interval allows to say, and nothing more.
+
+Two ways to a ratio head / base with a 95 % interval:
+
+* ``paired``: blocks of base and head taken in turns; the median of the pairs' ratios with its order-statistics
+  interval. A drift that both see cancels within a pair. This is what the gate uses.
+* ``unpaired``: two finished runs; a percentile bootstrap of the ratio of medians. Drift between the runs stays
+  in, so such a comparison is worth less, however narrow its interval looks.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.timing import Timing, summarize
+
+SAME, FASTER, SLOWER, AMBIGUOUS = "SAME", "FASTER", "SLOWER", "AMBIGUOUS"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """head / base: above 1 is slower. ``n`` pairs, or the smaller number of samples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def verdict(self, threshold: float) -> str:
+        """SLOWER or FASTER when the whole interval lies beyond ``threshold`` (0.03 is 3 %), SAME when all of
+        it lies within, AMBIGUOUS when it straddles an edge."""
+        slower, faster = 1 + threshold, 1 / (1 + threshold)
+        if self.low > slower:
+            return SLOWER
+        if self.high < faster:
+            return FASTER
+        return SAME if faster <= self.low and self.high <= slower else AMBIGUOUS
+
+
+def paired(base: Sequence[float], head: Sequence[float]) -> Ratio:
+    """From blocks that were taken in turns, pair by pair."""
+    t: Timing = summarize([h / b for b, h in zip(base, head, strict=True)])
+    return Ratio(t.median, t.low, t.high, t.n)
+
+
+def unpaired(base: Sequence[float], head: Sequence[float], seed: int = 0) -> Ratio:
+    """From two sets of samples, at least 5 each: fewer have no interval worth the name."""
+    if min(len(base), len(head)) < 5:
+        raise ValueError(f"unpaired: samples have {len(base)} and {len(head)} values, expected at least 5 each")
+    draw = random.Random(seed)
+    ratios = sorted(
+        statistics.median(draw.choices(head, k=len(head))) / statistics.median(draw.choices(base, k=len(base)))
+        for _ in range(RESAMPLES)
+    )
+    value = statistics.median(head) / statistics.median(base)
+    return Ratio(value, ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1], min(len(base), len(head)))
+
+
+def of_intervals(base: Timing, head: Timing) -> Ratio:
+    """From medians with intervals only: the widest ratio that both allow."""
+    return Ratio(head.median / base.median, head.low / base.high, head.high / base.low, min(base.n, head.n))

@@ -1,0 +1,83 @@
+"""One side of a gate: measures what it is told, line by line, with the hulukern that PYTHONPATH names.
+
+Run as a file by bench/gate.py, so that base and head are measured by the same code. Requests and answers are one
+JSON object a line: ``{"list": null}`` -> names; ``{"name": …, "calls": n}`` -> seconds of a call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import hulukern
+from hulukern.testing import harness
+
+
+def names(device: str) -> dict[str, str]:
+    """What can be measured -> a description that both sides must share."""
+    found = {}
+    for op_name, registered in hulukern.OPS.items():
+        op = registered.spec
+        for backend in ("cpu",) if device == "cpu" else ("triton", "cuda"):
+            if backend not in op.backends:
+                continue
+            for case in op.perf_cases:
+                dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+                name = f"{op_name}/{case.name}/{str(dtype).removeprefix('torch.')}/fwd/{backend}"
+                found[name] = json.dumps(dict(case.sizes), default=str, sort_keys=True)
+    return found
+
+
+def prepare(name: str, device: str) -> Callable[[], Any]:
+    """A call of what ``name`` says, checked against the reference first."""
+    op_name, case_name, dtype_name, _, backend = name.split("/")
+    op = hulukern.OPS[op_name].spec
+    case = next(c for c in op.perf_cases if c.name == case_name)
+    arguments = harness.sample(op, case, getattr(torch, dtype_name), device)
+    harness.check_forward(op, op.cases[0], getattr(torch, dtype_name), backend, device)
+    return lambda: harness.call(op, arguments, backend)
+
+
+def block(call: Callable[[], Any], calls: int, device: str) -> float:
+    """Median seconds of ``calls`` calls. The median: on a shared machine a few calls in a block take many
+    times as long, and a mean would see nothing else (pairs of means scatter 5 to 10 times as wide)."""
+    times, held = [], None
+    for _ in range(calls):
+        start = time.perf_counter_ns()
+        held = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter_ns() - start)
+    del held
+    return statistics.median(times) / 1e9
+
+
+def main() -> None:
+    device = sys.argv[1]
+    if device == "cpu":  # both sides on the same cores, one a thread
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints must not speak on this line
+    prepared: dict[str, Callable[[], Any]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "list" in request:
+            answer: Any = names(device)
+        else:
+            name = request["name"]
+            if name not in prepared:
+                prepared[name] = prepare(name, device)
+                prepared[name]()
+            answer = block(prepared[name], request["calls"], device)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
