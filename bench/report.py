@@ -100,10 +100,9 @@ def print_tables(console: Console, path: Path) -> None:
 
     data = load_results(path)
     copy = data["copy_bytes_per_s"] / 1e9
+    by_rule = "Tokens, drift and time by input and rule (backend cpu, stages in ms; a single frame is kept whole)"
     titles = {
-        "Tokens, drift and time by input and rule (backend cpu, stages in ms; a single frame is kept whole)": pruning_table(
-            data
-        ),
+        by_rule: pruning_table(data),
         f"Ops (copy bandwidth {copy:.1f} GB/s, read plus written)": op_table(data),
         "Checks": check_table(data),
     }

@@ -1,0 +1,200 @@
+"""Verdicts: their error rates by simulation, the files they read, and what they write."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import gate
+from bench.__main__ import main
+from bench.compare import compare, load
+from bench.results import row, write_results
+from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, of_intervals, paired, unpaired
+from bench.timing import Timing, summarize
+
+ROOT = Path(__file__).parents[2]
+THRESHOLD = 0.03
+
+
+class Machine:
+    """Block medians of a shared machine: a level that wanders by tens of percent, scatter of a few percent, and
+    now and then a block that takes much longer."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.level = 0.0
+
+    def pair(self, slowdown: float) -> tuple[float, float]:
+        self.level = 0.95 * self.level + self.random.gauss(0, 0.05)
+        return self.block(1.0), self.block(1 + slowdown)
+
+    def block(self, seconds: float) -> float:
+        spike = math.exp(abs(self.random.gauss(0, 1))) if self.random.random() < 0.1 else 1.0
+        return seconds * math.exp(self.level + self.random.gauss(0, 0.03)) * spike
+
+
+def simulated(slowdown: float, seed: int, pairs: int = 200) -> str:
+    """What the gate would say: it looks every CHECK_EVERY pairs and stops when the verdict is clear."""
+    machine, base, head = Machine(seed), [], []
+    for i in range(1, pairs + 1):
+        b, h = machine.pair(slowdown)
+        base.append(b)
+        head.append(h)
+        if i >= gate.MIN_PAIRS and i % gate.CHECK_EVERY == 0:
+            verdict = paired(base, head).verdict(THRESHOLD)
+            if verdict != AMBIGUOUS:
+                return verdict
+    return paired(base, head).verdict(THRESHOLD)
+
+
+def rate(slowdown: float, verdict: str, runs: int = 300) -> float:
+    return sum(simulated(slowdown, seed) == verdict for seed in range(runs)) / runs
+
+
+def test_false_alarms_and_misses_in_simulation() -> None:
+    assert rate(0.0, SLOWER) <= 0.005
+    assert rate(0.0, AMBIGUOUS) <= 0.10
+    assert rate(0.05, SLOWER) >= 0.60
+    assert rate(0.10, SLOWER) >= 0.98
+    assert rate(0.20, SLOWER) == 1.0
+    assert rate(-0.10, FASTER) >= 0.95
+
+
+def test_intervals_cover_what_they_claim() -> None:
+    inside = 0
+    for seed in range(300):
+        machine = Machine(seed)
+        base, head = zip(*(machine.pair(0.05) for _ in range(40)), strict=True)
+        r = paired(base, head)
+        inside += r.low <= 1.05 <= r.high
+    assert inside / 300 >= 0.93
+
+
+def test_unpaired_ratios_and_intervals() -> None:
+    draw = random.Random(0)
+    base = [1 + 0.02 * draw.random() for _ in range(30)]
+    r = unpaired(base, [1.2 * x for x in base])
+    assert r.value == pytest.approx(1.2)
+    assert r.low < 1.2 < r.high
+    assert r.verdict(0.1) == SLOWER
+    assert unpaired(base, base).verdict(0.03) == SAME
+    with pytest.raises(ValueError, match="at least 5 each"):
+        unpaired(base[:4], base)
+    wide = of_intervals(Timing(1.0, 0.9, 1.2, 9), Timing(1.0, 0.8, 1.1, 9))
+    assert (wide.low, wide.high) == (0.8 / 1.2, 1.1 / 0.9)
+    assert wide.verdict(0.03) == AMBIGUOUS
+
+
+def own(path: Path, scale: float, name: str = "a", samples: bool = True) -> Path:
+    draw = random.Random(1)
+    values = [scale * (1 + 0.01 * draw.random()) for _ in range(20)]
+    more = {"samples": [values]} if samples else {}
+    write_results(path, [row(name, "case", "f32", "fwd", "cpu", summarize(values))], [], **more)
+    return path
+
+
+def foreign(path: Path, scale: float, *, data: bool, cpu: str = "a CPU") -> Path:
+    """As pytest-benchmark writes it, with or without its samples."""
+    draw = random.Random(2)
+    values = sorted(scale * (1 + 0.01 * draw.random()) for _ in range(25))
+    stats = {
+        "min": values[0], "max": values[-1], "median": statistics.median(values), "q1": values[6], "q3": values[18],
+        "rounds": 25, "mean": statistics.mean(values), **({"data": values} if data else {}),
+    }  # fmt: skip
+    content = {
+        "machine_info": {"cpu": {"brand_raw": cpu, "count": 2}, "machine": "x86_64"},
+        "benchmarks": [{"name": "t", "fullname": "tests/t.py::t", "stats": stats}],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(("scale", "code"), [(1.0, 0), (1.3, 1), (0.7, 0), (1.027, 2)])
+def test_own_files_and_exit_codes(scale: float, code: int, tmp_path: Path) -> None:
+    base, head = own(tmp_path / "base.json", 1.0), own(tmp_path / "head.json", scale)
+    assert main(["compare", str(base), str(head)]) == code
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize(("scale", "code"), [(1.0, 0), (1.3, 1)])
+def test_foreign_files(scale: float, code: int, data: bool, tmp_path: Path) -> None:
+    base = foreign(tmp_path / "b.json", 1.0, data=data)
+    head = foreign(tmp_path / "h.json", scale, data=data)
+    assert main(["compare", str(base), str(head)]) == code
+
+
+def test_a_real_pytest_benchmark_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(benchmark):\n    benchmark(sum, range(1000))\n")
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--benchmark-json", str(out), "test_it.py"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # not as a worker of this run
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    run = load(out)
+    assert list(run.measurements) == ["test_it.py::test_it"]
+    assert {f.verdict for f in compare(run, run, THRESHOLD)} <= {SAME, AMBIGUOUS}
+
+
+def test_markdown_and_junit(tmp_path: Path) -> None:
+    base, head = own(tmp_path / "base.json", 1.0), own(tmp_path / "head.json", 1.3)
+    md, xml = tmp_path / "pr.md", tmp_path / "junit.xml"
+    assert main(["compare", str(base), str(head), "--markdown", str(md), "--junit", str(xml)]) == 1
+    assert "| `a/case/f32/fwd/cpu` | 1.300 |" in md.read_text()
+    assert "1 SLOWER at a threshold of 3 %" in md.read_text()
+    suite = ElementTree.parse(xml).getroot()
+    assert suite.attrib["failures"] == "1"
+    assert "SLOWER: head/base 1.300" in suite[0][0].attrib["message"]
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = own(tmp_path / "base.json", 1.0)
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "half.json").write_text(json.dumps({"machine_info": {}, "benchmarks": [{"fullname": "x"}]}))
+    cases = {
+        "cannot be read": [base, tmp_path / "broken.json"],
+        "pytest-benchmark writes it": [base, tmp_path / "half.json"],
+        "expected some in common": [base, own(tmp_path / "other.json", 1.0, "b")],
+        "expected 'another CPU, 2 cores'": [
+            foreign(tmp_path / "x.json", 1.0, data=True, cpu="another CPU"),
+            foreign(tmp_path / "y.json", 1.0, data=True),
+        ],
+        "No such file": [base, tmp_path / "none.json"],
+    }  # fmt: skip
+    for says, files in cases.items():
+        assert main(["compare", *map(str, files), "--junit", str(tmp_path / "j.xml")]) == 2, says
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "j.xml").exists()
+    assert main(["compare", str(base), str(base), "--threshold", "0"]) == 2
+
+
+def test_gate_refuses_what_it_cannot_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert main(["gate", "--base", "no-such-ref", "--worktrees", str(tmp_path)]) == 2
+    assert "expected a commit here" in capsys.readouterr().err
+    assert main(["gate", "--base", "HEAD", "--seconds", "-1"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_gate_pairs_two_sides_of_the_same_build() -> None:
+    found = gate.measure(ROOT, ROOT, "cpu", ["token_score_frames"], 0.2, THRESHOLD)
+    (pairs,) = found.values()
+    assert len(pairs.base) == len(pairs.head) >= gate.MIN_PAIRS
+    with pytest.raises(ValueError, match="expected ops in common"):
+        gate.measure(ROOT, ROOT, "cpu", ["no_such_op"], 0.1, THRESHOLD)
+
+
+def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hulukern").mkdir()
+    (tmp_path / "hulukern" / "__init__.py").write_text("raise RuntimeError('broken build')\n")
+    with gate.Side(tmp_path, "cpu") as side, pytest.raises(ValueError, match=r"worker that died \(.*broken build"):
+        side.ask(list=None)
