@@ -51,12 +51,14 @@ class Cost:
 @dataclass(frozen=True)
 class BadCall:
     """A call that must be refused: ``change`` edits a good call's arguments; the message must hold
-    every string of ``says``."""
+    every string of ``says``. ``values``: what is wrong is in a tensor's values, which are looked at only
+    where that does not stall a device."""
 
     name: str
     change: Callable[[Arguments], Arguments]
     error: type[Exception]
     says: tuple[str, ...]
+    values: bool = False
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if grid_thw is None or merge_sizes is None:
                 fail(name, "grid_thw, merge_sizes", "value None", "one row and one size per image, clip or volume")
             merges = [int(m) for m in merge_sizes]
-            grids = torch.as_tensor(grid_thw).reshape(-1, 3)
+            grids = torch.as_tensor(grid_thw).reshape(-1, 3).cpu()  # BatchFeature.to moves it to the device
             cells = int((grids.prod(1) // torch.tensor(merges).square()).sum()) if len(merges) == len(grids) else -1
             require(cells == n_visual, name, "input_ids", f"{n_visual} image tokens", f"{cells} as grid_thw")
             if keep is None:

@@ -214,7 +214,8 @@ class HuluMedVisionModel(PreTrainedModel):
             ValueError: grids that do not match N, or are no whole cells.
         """
         merges = [int(m) for m in merge_sizes]
-        total = sum(t * h * w for t, h, w in torch.as_tensor(grid_thw).reshape(-1, 3).tolist())
+        grid_thw = torch.as_tensor(grid_thw).reshape(-1, 3).cpu()
+        total = int(grid_thw.prod(1).sum())
         n = pixel_values.shape[0]
         require(total == n, "HuluMedVisionModel", "grid_thw", f"{total} patches in all", f"N={n} from pixel_values")
         return self.encode(pixel_values, plan(grid_thw, merges, keep, device=pixel_values.device))

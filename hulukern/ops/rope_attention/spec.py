@@ -122,6 +122,10 @@ def _plain_backward(*values: Any) -> Any:
     return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
 
 
+def _ends_short(a: Arguments) -> Arguments:
+    return {**a, "cu_seqlens_k": a["cu_seqlens_k"] - 1}
+
+
 def _ends_fall(a: Arguments) -> Arguments:
     ends = torch.tensor([0, a["q"].shape[0] + 1, a["q"].shape[0]], dtype=torch.int32)
     return {**a, "cu_seqlens_q": ends}
@@ -167,8 +171,8 @@ _BAD = (
     BadCall("sections_axes", lambda a: {**a, "sections": [12, 12, 12]}, ValueError, ("positions", "2 axes")),
     BadCall("theta", lambda a: {**a, "theta": 0.0}, ValueError, ("theta", "0.0")),
     BadCall("scale", lambda a: {**a, "scale": float("nan")}, ValueError, ("scale", "nan")),
-    BadCall("ends_short", lambda a: {**a, "cu_seqlens_k": a["cu_seqlens_k"] - 1}, ValueError, ("cu_seqlens_k", "N=")),
-    BadCall("ends_fall", _ends_fall, ValueError, ("cu_seqlens_q", "never to fall")),
+    BadCall("ends_short", _ends_short, ValueError, ("cu_seqlens_k", "N="), values=True),
+    BadCall("ends_fall", _ends_fall, ValueError, ("cu_seqlens_q", "never to fall"), values=True),
 )
 
 ROPE_ATTENTION = Op(

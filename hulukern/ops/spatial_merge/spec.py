@@ -158,8 +158,10 @@ SPATIAL_MERGE = Op(
             ValueError,
             ("keep", "at most"),
         ),
-        BadCall("keep_twice", lambda a: {**a, "keep": torch.tensor([1, 1])}, ValueError, ("keep", "increasing")),
-        BadCall("keep_outside", lambda a: {**a, "keep": torch.tensor([0, 24])}, ValueError, ("keep", "24", "below")),
+        BadCall("keep_twice", lambda a: {**a, "keep": torch.tensor([1, 1])}, ValueError, ("increasing",), values=True),
+        BadCall(
+            "keep_outside", lambda a: {**a, "keep": torch.tensor([0, 24])}, ValueError, ("keep", "24"), values=True
+        ),
     ),
 )
 
