@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import hulukern
 from bench import baselines, report
+from bench.__main__ import COMMANDS
 from bench.results import check, load_results, row, write_results
 from bench.timing import Timing, interleave, summarize
 from hulukern.pruning import RULES, prune_frames
@@ -185,3 +187,25 @@ def test_foreign_result_files_are_refused_by_name(text: str, tmp_path: Path) -> 
     path.write_text(text)
     with pytest.raises(ValueError, match=r"r\.json: .*expected"):
         load_results(path)
+
+
+def test_list_and_profile(tmp_path: Path) -> None:
+    listed = json.loads(bench("list", "--json").stdout)
+    assert {e["op"] for e in listed} == set(hulukern.OPS)
+    for e in listed:
+        assert e["backends"]["reference"] == "runs"
+        assert all(e["backends"].values())
+    done = bench("profile", "token_score_frames", "--backend", "cpu", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "us a call, of which:" in done.stdout
+    assert "hulukern::token_score_frames" in done.stdout
+    (trace,) = tmp_path.iterdir()
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_and_exit_codes(command: str) -> None:
+    shown = bench(command, "--help")
+    assert shown.returncode == 0
+    assert "examples:" in shown.stdout
+    assert "exit codes:" in shown.stdout
