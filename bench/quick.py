@@ -82,11 +82,21 @@ def default_inputs() -> dict[str, tuple[Path, float | None]]:
 
 def read_inputs(extra: Sequence[str], max_frames: int) -> list[Input]:
     """Decode and resize; raises ValueError for what cannot be read. One file is decoded once."""
-    wanted = default_inputs() | {Path(p).name: (Path(p), None) for p in extra}
+    ours = default_inputs()
+    wanted = dict(ours)
+    for given in map(Path, extra):
+        name = given.name
+        for parent in given.resolve().parents:
+            if name not in wanted:
+                break
+            name = f"{parent.name}/{name}"
+        wanted[name] = (given, None)
     decoded: dict[Path, Clip] = {}
     inputs = []
     for name, (path, fps) in wanted.items():
-        clip = decoded.get(path) or load_frames(path, fps=None, max_frames=None, num_slices=None)
+        # Ours are short, and one is also thinned in time; a user's may be an hour.
+        most = max_frames if name not in ours else None
+        clip = decoded.get(path) or load_frames(path, fps=None, max_frames=most, num_slices=most)
         decoded[path] = clip
         clip = clip if fps is None else clip.at_fps(fps)
         clip = clip.take(thin(np.arange(len(clip.frames)), max_frames))

@@ -38,7 +38,9 @@ def report() -> dict[str, Any]:
         "openmp": openmp_libraries(),
         "backends": {name: unavailable(name) or "works" for name in BACKENDS},
         "ops": {
-            name: {b: "yes" if b in op.spec.backends else op.spec.absent.get(b, "not written yet") for b in BACKENDS}
+            name: {
+                b: "written" if b in op.spec.backends else op.spec.absent.get(b, "not written yet") for b in BACKENDS
+            }
             for name, op in OPS.items()
         },
     }

@@ -7,8 +7,10 @@ input, (u8 / 255 - mean) / std, so a score in steps is ``score / (255 * std)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -102,7 +104,12 @@ def prune_frames(
     """
     op = "prune_frames"
     chosen = _options(op, rule, threshold, min_tokens, keep)
-    require(std > 0, op, "std", f"value {std}", "above 0")
+    _check_norm(op, mean, std)
+    require(isinstance(frames, torch.Tensor), op, "frames", f"type {type(frames).__name__}", "a torch.Tensor")
+    sizes = f"values {patch_size}, {merge_size}"
+    require(patch_size >= 1 and merge_size >= 1, op, "patch_size, merge_size", sizes, "at least 1")
+    if windows is not None and frames.dtype != torch.int16:
+        fail(op, "windows", f"{len(windows)} rows", f"None for {frames.dtype} frames")
     if frames.dtype == torch.int16 and rule in ("released", "videollama3"):
         fail(op, "frames", "dtype int16", f"uint8 for rule {rule!r}")
 
@@ -160,7 +167,7 @@ def prune_patches(
     """
     op = "prune_patches"
     chosen = _options(op, rule, threshold, min_tokens, keep)
-    require(std > 0, op, "std", f"value {std}", "above 0")
+    _check_norm(op, mean, std)
     sizes = flat_grid_thw(op, grid_thw)
     grids = list(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
     merges = [merge_size] * len(grids) if isinstance(merge_size, int) else [int(m) for m in merge_size]
@@ -325,6 +332,21 @@ class _Chosen:
     keep: int | float
 
 
+def check_rule(op: str, options: Mapping[str, Any]) -> None:
+    """Whether ``options`` are rule, threshold, min_tokens and keep of :func:`prune_patches`, before there are
+    pixels. Raises ValueError."""
+    require(isinstance(options, Mapping), op, "pruning", f"value {options!r}", "a mapping such as {'rule': 'previous'}")
+    unknown = set(options) - {"rule", "threshold", "min_tokens", "keep"}
+    require(not unknown, op, "pruning", f"keys {sorted(map(str, unknown))}", "rule, threshold, min_tokens and keep")
+    require("rule" in options, op, "rule", "no value", "one of " + ", ".join(map(repr, RULES)))
+    _options(op, *(options.get(name) for name in ("rule", "threshold", "min_tokens", "keep")))  # type: ignore[arg-type]
+
+
+def _check_norm(op: str, mean: float, std: float) -> None:
+    require(0 < std < math.inf, op, "std", f"value {std}", "above 0")
+    require(math.isfinite(mean), op, "mean", f"value {mean}", "a finite number")
+
+
 def _options(op: str, rule: str, threshold: float | None, min_tokens: int | None, keep: int | float | None) -> _Chosen:
     if rule not in RULES:
         fail(op, "rule", f"value {rule!r}", "one of " + ", ".join(map(repr, RULES)))
@@ -336,6 +358,9 @@ def _options(op: str, rule: str, threshold: float | None, min_tokens: int | None
         require(keep is None, op, "keep", f"value {keep}", f"None: rule {rule!r} takes a threshold")
     if rule in ("bounded", "budget"):
         require(min_tokens is None, op, "min_tokens", f"value {min_tokens}", f"None for rule {rule!r}")
+    for name, value in (("threshold", threshold), ("min_tokens", min_tokens), ("keep", keep)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(value is None or number, op, name, f"value {value!r}", "a number")
     limit = threshold if threshold is not None else known.threshold or 0.0
     fill = known.min_tokens if min_tokens is None else min_tokens
     require(limit >= 0, op, "threshold", f"value {threshold}", "at least 0")
@@ -410,9 +435,9 @@ def _budget(scores: torch.Tensor, keep: int | float) -> torch.Tensor:
     """Exactly ``keep`` of them, highest first, ties to the earliest; NaN counts as highest."""
     n = scores.numel()
     if isinstance(keep, float):
-        require(0 <= keep <= 1, "budget", "keep", f"share {keep}", "0.0 to 1.0")
+        require(0 <= keep <= 1, "prune", "keep", f"share {keep}", "0.0 to 1.0")
         keep = round(keep * n)
-    require(0 <= keep <= n, "budget", "keep", f"{keep} tokens", f"0 to N={n}")
+    require(0 <= keep <= n, "prune", "keep", f"{keep} tokens", f"0 to N={n}")
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     values = scores.nan_to_num(nan=float("inf"), posinf=float("inf"))

@@ -11,6 +11,7 @@ profiling or intercepting, and the like of it dispatched before) therefore goes 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -134,7 +135,8 @@ def _is_plain_of(spec: Op) -> Callable[[tuple[Any, ...]], bool]:
     for i, name in enumerate(spec.argument_names):
         if name not in tensors:
             continue
-        wants_grad = " and not (grad() and {}.requires_grad)" if name in spec.differentiable else ""
+        floats = any(dtype.is_floating_point for dtype in tensors[name].dtypes)
+        wants_grad = " and not (grad() and {}.requires_grad)" if floats else ""
         if tensors[name].many:
             parts.append(f"all([type(x) in plain{wants_grad.format('x')} for x in a[{i}]])")
         else:
@@ -176,6 +178,10 @@ def _device_type(arguments: Sequence[Any]) -> str:
     raise TypeError("hulukern: an op needs at least one tensor argument")
 
 
+def _no_derivative(name: str, _ctx: Any, *_grads: Any) -> Any:
+    raise RuntimeError(f"{name}: has no derivative, expected none to be asked for (second derivatives are not written)")
+
+
 def register(
     spec: Op,
     package: str,
@@ -196,6 +202,8 @@ def register(
 
     checked_fake.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
     torch.library.register_fake(f"hulukern::{spec.name}", checked_fake, lib=LIBRARY)
+    if backward is None and any(dtype.is_floating_point for t in spec.tensors for dtype in t.dtypes):
+        backward = functools.partial(_no_derivative, spec.name)
     if backward is not None:
         torch.library.register_autograd(f"hulukern::{spec.name}", backward, setup_context=setup_context, lib=LIBRARY)
     overload = getattr(torch.ops.hulukern, spec.name).default
@@ -206,6 +214,12 @@ def register(
             function = op.resolved(arguments)
             if function is not None:
                 return function(*arguments[:-1])
-        return overload(*arguments)
+        try:
+            return overload(*arguments)
+        except RuntimeError as error:
+            if "Expected a value of type" in str(error):  # torch's schema check comes before ours
+                op.check(arguments[:-1])
+                fail(spec.name, "arguments", str(error).splitlines()[0], f"{spec.schema}", TypeError)
+            raise
 
     return run

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from hulukern.pruning import check_rule
 
 
 @strict
@@ -76,7 +79,11 @@ class HuluMedConfig(PreTrainedConfig):
             _refuse("HuluMedConfig", f"mm_projector_type {self.mm_projector_type!r}", "'mlp2x_gelu'")
         if self.pruning is None:
             self.pruning = {"rule": "previous"}
+        check_rule("HuluMedConfig", self.pruning)
         super().__post_init__(**kwargs)
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            if getattr(self, name, 1) < 1:
+                _refuse("HuluMedConfig", f"{name} {getattr(self, name)}", "at least 1")
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike[str], **kwargs: Any) -> HuluMedConfig:
@@ -104,24 +111,42 @@ FAMILIES = {"qwen2": HuluMedQwen2Config, "qwen3": HuluMedQwen3Config}
 
 def config_from_dict(data: dict[str, Any], source: str, **overrides: Any) -> HuluMedConfig:
     """A config from the dictionary in ``source``, which error messages name."""
-    kind = data.get("model_type")
+    kind = data.get("model_type") if isinstance(data, dict) else None
     if kind == "video_llama_3":
         data = _from_video_llama_3(data, source)
         kind = data["model_type"]
+    if not isinstance(data, dict):
+        _refuse(source, f"a {type(data).__name__}", "a dictionary")
     family = next((f for f in FAMILIES if kind == f"hulumed_{f}"), None)
     if family is None:
         wanted = ", ".join(f"'hulumed_{f}'" for f in FAMILIES)
         _refuse(source, f"model_type {kind!r}", f"{wanted} or 'video_llama_3'")
-    data = {k: v for k, v in data.items() if k not in ("model_type", "architectures", "transformers_version")}
+    data = {k: v for k, v in data.items() if k not in ("model_type", "transformers_version")}
     if isinstance(data.get("vision_encoder_config"), str):
         del data["vision_encoder_config"]  # the original layout names a path; every released encoder is the default
+    _check_names(source, data, FAMILIES[family])
+    if isinstance(data.get("vision_encoder_config"), dict):
+        _check_names(source, data["vision_encoder_config"], HuluMedVisionConfig)
     try:
         config = FAMILIES[family](**{**data, **overrides})
     except Exception as error:  # a value of the wrong type, by huggingface_hub's checks or ours
         raise ValueError(f"{source}: has a value that does not fit ({' '.join(str(error).split())})") from None
-    if config.image_token_index is None:
+    token = config.image_token_index
+    if token is None:
         _refuse(source, "no image_token_index", "the id of the image token")
+    if not 0 <= token < config.vocab_size:
+        _refuse(source, f"image_token_index {token}", f"0 to below vocab_size = {config.vocab_size}")
     return config
+
+
+def _check_names(source: str, data: dict[str, Any], kind: Any) -> None:
+    """A key that is nearly one of ours is a typing error, and what it meant would be lost; released configs
+    hold other keys that mean nothing here."""
+    fields = set(kind.__dataclass_fields__)
+    for key in data:
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.9) if key not in fields else []
+        if near and near[0] not in data and not hasattr(PreTrainedConfig, key):
+            _refuse(source, f"key {key!r}", f"{near[0]!r}")
 
 
 def _from_video_llama_3(data: dict[str, Any], source: str) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
     rules = options.rule or list(RULES)
     if options.out is not None and not options.out.parent.is_dir():
         raise ValueError(f"{options.out}: has no folder {options.out.parent}, expected one that exists")
+    if options.out is not None and options.out.suffix.lower() != ".png":
+        raise ValueError(f"{options.out}: has another ending, expected .png")
     if options.out is not None and options.out.is_dir():
         raise ValueError(f"{options.out}: has a folder there, expected a file name")
     found, sheets = [], []

@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from hulukern.backends import BACKENDS
 from hulukern.pruning import RULES
+from model.commands import device_of
 from model.media import WINDOWS
 from model.media.nifti import PLANES
 from model.modeling import HuluMedForConditionalGeneration
@@ -45,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True)
     for kind in ("image", "volume", "video"):
         parser.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help="may be repeated")
-    parser.add_argument("--rule", choices=[r for r in RULES if r != "budget"], help="default: the checkpoint's")
+    parser.add_argument(
+        "--rule",
+        choices=[r for r in RULES if r != "budget"],
+        help="default: the checkpoint's, or bounded with --score-window",
+    )
     parser.add_argument("--threshold", type=float, help="of the rule, in its unit")
     parser.add_argument("--keep", type=float, metavar="SHARE", help="prune to this share of the tokens instead")
     parser.add_argument(
@@ -94,7 +99,7 @@ def conversation(options: argparse.Namespace) -> list[dict[str, Any]]:
 def run(options: argparse.Namespace) -> int:
     if options.max_new_tokens < 1:
         raise ValueError(f"generate: --max-new-tokens has value {options.max_new_tokens}, expected at least 1")
-    pruning, device = pruning_of(options), torch.device(options.device)
+    pruning, device = pruning_of(options), device_of(options.device)
     ends = [("", time.perf_counter())]
 
     def done(stage: str) -> None:
@@ -104,7 +109,9 @@ def run(options: argparse.Namespace) -> int:
 
     processor = HuluMedProcessor.from_pretrained(options.directory, **({"released": True} if options.released else {}))
     scored = None
-    if options.score_window and pruning is not False:
+    if options.score_window and (pruning is False or not options.volume):
+        raise ValueError("--score-window: has no volume to prune, expected --volume, and no --no-pruning")
+    if options.score_window:
         chosen = pruning if isinstance(pruning, dict) else {"rule": "bounded"}
         scored = {"windows": options.score_window, **chosen}
     batch = dict(processor(conversation(options), prune=scored))

@@ -49,6 +49,16 @@ class HuluMedImageProcessor:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     released: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "min_tokens", "max_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"image processor: has {name} {value!r}, expected at least 1")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+                raise ValueError(f"image processor: has {name} {values!r}, expected 3 numbers")
+
     def sizes(self, clips: Sequence[Clip], merge_sizes: Sequence[int]) -> list[tuple[int, int]]:
         """(height, width) in pixels that each clip of one call is resized to. Where rows and columns have
         different mm, the longer ones are stretched first, so that a pixel is square."""

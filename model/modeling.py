@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hulukern
 from hulukern.ops.common import GridTHW
-from hulukern.pruning import Compressed, compress_sequence, prune_patches
+from hulukern.pruning import Compressed, check_rule, compress_sequence, prune_patches
 from hulukern.validation import fail, require
 from model.config import HuluMedConfig, HuluMedQwen2Config, HuluMedQwen3Config
 from model.vision import HuluMedVisionModel
@@ -46,8 +46,8 @@ class HuluMedProjector(nn.Module):
     def forward(self, x: torch.Tensor, backend: str | None) -> torch.Tensor:
         first: Any = self.readout[0]
         second: Any = self.readout[2]
-        h = hulukern.bias_gelu(F.linear(x, first.weight), first.bias, approximate="none", backend=backend)
-        return second(h)
+        h = F.linear(x, first.weight)  # of another dtype under autocast
+        return second(hulukern.bias_gelu(h, first.bias.to(h.dtype), approximate="none", backend=backend))
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pruning is False:
             return None
         rule = self.config.pruning if pruning is True else pruning
+        check_rule("HuluMedForConditionalGeneration", rule)
         vision = self.config.vision_encoder_config
         norm = {"mean": vision.image_mean, "std": vision.image_std}
         return prune_patches(
@@ -186,12 +187,16 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         n_visual, features = int(visual.sum()), None
         if pixel_values is None:
             require(n_visual == 0, name, "pixel_values", "value None", f"patches for {n_visual} image tokens")
+            require(keep is None, name, "keep", "a mask", "None without pixel_values")
         else:
             if grid_thw is None or merge_sizes is None:
                 fail(name, "grid_thw, merge_sizes", "value None", "one row and one size per image, clip or volume")
             merges = [int(m) for m in merge_sizes]
             grids = torch.as_tensor(grid_thw).reshape(-1, 3).cpu()  # BatchFeature.to moves it to the device
-            cells = int((grids.prod(1) // torch.tensor(merges).square()).sum()) if len(merges) == len(grids) else -1
+            require(
+                len(merges) == len(grids), name, "merge_sizes", f"{len(merges)} values", f"{len(grids)} as grid_thw"
+            )
+            cells = sum(t * h * w // m**2 for (t, h, w), m in zip(grids.tolist(), merges, strict=True))
             require(cells == n_visual, name, "input_ids", f"{n_visual} image tokens", f"{cells} as grid_thw")
             if keep is None:
                 keep = self.visual_mask(pixel_values, grids, merges, modals, pruning)
@@ -250,8 +255,9 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         modals: Sequence[str] | None = None,
         pruning: dict[str, Any] | bool | None = None,
         keep: torch.Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and the loss where ``labels`` are given.
 
         With pixels the sequence is what :meth:`prompt` makes of it: pruned tokens have no logits, positions
@@ -276,13 +282,14 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        found = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return found.to_tuple() if return_dict is False else found
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -290,7 +297,12 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Takes the tensors of :meth:`prompt` beside the usual options.
         """
+        inputs = kwargs.pop("inputs", None)  # transformers' name for them
+        input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
+            stray = [name for name in ("pixel_values", "grid_thw", "keep") if kwargs.get(name) is not None]
+            if stray:
+                fail("generate", ", ".join(stray), "values without ids", "input_ids beside them")
             return super().generate(**kwargs)
         names = ("attention_mask", "pixel_values", "grid_thw", "merge_sizes", "modals", "pruning", "keep")
         p = self.prompt(input_ids, **{name: kwargs.pop(name, None) for name in names})

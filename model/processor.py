@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AddedToken, AutoTokenizer, BatchFeature
+from transformers import AddedToken, AutoProcessor, AutoTokenizer, BatchFeature
 from transformers.utils import cached_file
 
 from model.chat import IMAGE_TOKEN, MEDIA, Message, is_conversation, opening, parts_of, placeholders, render
+from model.config import FAMILIES
 from model.image_processor import HuluMedImageProcessor, Visual
 from model.media import IMAGE, VIDEO, VOLUME, Clip, Reading, from_memory, load_frames
 from model.media.clip import refuse
 
+MARKS = ("<|im_start|>", "<|im_end|>")
 IGNORED = -100  # label of a token that is not learned
 CONFIG = "processor_config.json"
 AXES = ("sagittal", "coronal", "axial")  # released conversations number them
@@ -61,6 +63,10 @@ class HuluMedProcessor:
             raise ValueError(f"padding_side: has {padding_side!r}, expected 'left' or 'right'")
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        for mark in MARKS:
+            ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise ValueError(f"tokenizer: has {len(ids)} tokens for {mark!r}, expected one for the chat template")
         self.tokenizer = tokenizer
         self.placeholder_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.image_token_id = self.placeholder_id if image_token_id is None else image_token_id
@@ -317,20 +323,34 @@ class HuluMedProcessor:
         """From a folder or a name on the hub: what :meth:`save_pretrained` wrote, or a released checkpoint,
         whose ``preprocessor_config.json`` and ``config.json`` tell sizes and image token. ``options`` are
         arguments of the constructor that replace what is stored."""
+        for key in ("trust_remote_code", "_from_auto"):  # what AutoProcessor says besides
+            options.pop(key, None)
+        if Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file():
+            raise ValueError(f"{name}: has no tokenizer.json, expected a checkpoint with its tokenizer")
         stored = _json(name, CONFIG)
-        if stored.get("processor_class") == cls.__name__:
-            image, how = stored["image_processor"], stored["reading"]
-            token, side = stored["image_token_id"], stored["padding_side"]
-        else:
-            image, how = _json(name, "preprocessor_config.json"), {}
-            token, side = _json(name, "config.json").get("image_token_index"), "left"
-        arguments = {
-            "image_token_id": token,
-            "padding_side": side,
-            "image_processor": HuluMedImageProcessor(**_known(HuluMedImageProcessor, image)),
-            "how": Reading(**_known(Reading, how)),
-        }
-        return cls(AutoTokenizer.from_pretrained(name), **{**arguments, **options})
+        own = stored.get("processor_class") == cls.__name__
+        file = CONFIG if own else "preprocessor_config.json"
+        try:
+            if own:
+                image, how = stored["image_processor"], stored["reading"]
+                token, side = stored["image_token_id"], stored["padding_side"]
+            else:
+                image, how = _json(name, file), {}
+                token, side = _json(name, "config.json").get("image_token_index"), "left"
+            arguments = {
+                "image_token_id": token,
+                "padding_side": side,
+                "image_processor": HuluMedImageProcessor(**_known(HuluMedImageProcessor, image)),
+                "how": Reading(**_known(Reading, how)),
+            }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{name}: has a {file} that does not fit ({error}), expected a processor's") from None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # whatever the tokenizers library makes of its files
+            text = " ".join(str(error).split())[:200]
+            raise ValueError(f"{name}: has a tokenizer that cannot be read ({text}), expected tokenizer.json") from None
+        return cls(tokenizer, **{**arguments, **options})
 
 
 def _many(images: Any) -> Sequence[Any]:
@@ -340,10 +360,22 @@ def _many(images: Any) -> Sequence[Any]:
 
 def _json(name: str | Path, file: str) -> dict[str, Any]:
     path = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
-    return {} if path is None else json.loads(Path(path).read_text())
+    if path is None:
+        return {}
+    try:
+        data = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: has content that cannot be read ({error}), expected JSON") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: has a {type(data).__name__}, expected a dictionary")
+    return data
 
 
 def _known(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those values that are fields of a dataclass, lists as tuples."""
     names = {field.name for field in fields(kind)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+
+
+for _config in FAMILIES.values():
+    AutoProcessor.register(_config, HuluMedProcessor, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from hulukern.backends import BACKENDS
 from hulukern.ops.rope_attention.reference import angles
 from hulukern.pruning import compress_sequence, prune_patches
+from model.commands import device_of
 from model.config import HuluMedVisionConfig, config_from_dict
 from model.image_processor import HuluMedImageProcessor
 from model.media import Reading, from_memory
@@ -71,7 +72,7 @@ class Goldens:
     """The files of one folder, read when asked for."""
 
     def __init__(self, folder: Path, backend: str | None, device: str) -> None:
-        self.folder, self.backend, self.device = folder, backend, torch.device(device)
+        self.folder, self.backend, self.device = folder, backend, device_of(device)
 
     def tensors(self, name: str) -> Tensors:
         return {k: v.to(self.device) for k, v in load_file(self.folder / f"{name}.safetensors").items()}
@@ -79,10 +80,16 @@ class Goldens:
     def json(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / f"{name}.json").read_text()))
 
-    def quantities(self) -> Iterator[Quantity]:
-        for part in PARTS:
-            if (self.folder / f"{part}.safetensors").exists():
-                yield from PARTS[part](self)
+    def quantities(self, parts: Sequence[str] = ()) -> Iterator[Quantity]:
+        """Of the named parts, or of all. Raises ValueError where a part is not there."""
+        for part in parts or PARTS:
+            if not (self.folder / f"{part}.safetensors").exists():
+                raise ValueError(f"{self.folder}: has no {part}.safetensors, expected it, or --only for other parts")
+            found = list(PARTS[part](self))
+            if not {name for name in NEEDED.get(part, ()) if not any(q.name.startswith(name) for q in found)}:
+                yield from found
+            else:
+                raise ValueError(f"{self.folder}/{part}.safetensors: has not all of {NEEDED[part]}, expected them")
 
 
 def encoder(g: Goldens) -> Iterator[Quantity]:
@@ -205,6 +212,7 @@ PARTS: dict[str, Callable[[Goldens], Iterator[Quantity]]] = {
     "image_processor": image_processor,
     "model_io": whole_model,
 }
+NEEDED = {"mask": ("mask_",), "model_io": ("grad.",)}  # what is checked for every name there is: at least one
 
 
 def folders(root: Path) -> list[Path]:
@@ -219,6 +227,9 @@ def folders(root: Path) -> list[Path]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="a folder of goldens")
     parser.add_argument("--backend", choices=BACKENDS, help="of every op (default: by device)")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=list(PARTS), help="check this part; may be repeated"
+    )
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
 
 
@@ -229,11 +240,11 @@ def run(options: argparse.Namespace) -> int:
     for folder in folders(options.directory):
         print(f"{folder}, backend {options.backend or 'by device'}, {options.device}")
         try:
-            for q in Goldens(folder, options.backend, options.device).quantities():
+            for q in Goldens(folder, options.backend, options.device).quantities(options.only):
                 misses += not q.met
                 error = "shape differs" if q.error is None else f"{q.error:.2e}"
                 print(f"  {'ok  ' if q.met else 'MISS'}  {q.name:<88} {error:>13}  bound {q.bound:.0e}", flush=True)
-        except (OSError, KeyError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder}: has goldens that cannot be read ({type(error).__name__}: {error})") from None
     print(f"{misses} missed" if misses else "all within bounds")
     return 1 if misses else 0

@@ -133,7 +133,8 @@ class HuluMedVisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, h: torch.Tensor, backend: str | None) -> torch.Tensor:
-        return self.fc2(hulukern.bias_gelu(F.linear(h, self.fc1.weight), self.fc1.bias, backend=backend))
+        x = F.linear(h, self.fc1.weight)  # of another dtype under autocast
+        return self.fc2(hulukern.bias_gelu(x, self.fc1.bias.to(x.dtype), backend=backend))
 
 
 class HuluMedVisionLayer(GradientCheckpointingLayer):
@@ -160,10 +161,11 @@ class HuluMedVisionLayer(GradientCheckpointingLayer):
             h = hulukern.layer_norm(x, first.weight, first.bias, eps=first.eps, backend=backend)
         else:
             h, x = hulukern.layer_norm(delta, first.weight, first.bias, residual=x, eps=first.eps, backend=backend)
-        attended = self.self_attn(h, rows, survivors, kept, backend)
+        # Under autocast the linear layers give 16 bits and the residual keeps its own dtype.
+        attended = self.self_attn(h, rows, survivors, kept, backend).to(x.dtype)
         x = x if kept is None else x[kept]
         h, x = hulukern.layer_norm(attended, second.weight, second.bias, residual=x, eps=second.eps, backend=backend)
-        return x, self.mlp(h, backend)
+        return x, self.mlp(h, backend).to(x.dtype)
 
 
 class HuluMedVisionEncoder(nn.Module):

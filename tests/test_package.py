@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,50 @@ def test_a_convolution_weight_is_accepted_and_equal() -> None:
 def test_inductor_compiles_an_op_into_a_graph() -> None:
     op = hulukern.OPS["patch_embed_frames"].spec
     harness.check_compile(op, op.cases[0], torch.float32, "cpu", "cpu", "inductor")
+
+
+def test_second_derivatives_are_refused_instead_of_wrong() -> None:
+    x, w = torch.randn(4, 8, requires_grad=True), torch.ones(8)
+    (g,) = torch.autograd.grad(hulukern.layer_norm(x, w, w).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="layer_norm_backward: has no derivative"):
+        g.sum().backward()
+    patches = torch.randn(8, 12, requires_grad=True)
+    with pytest.raises(RuntimeError, match="token_score: has no derivative"):
+        hulukern.token_score(patches, [(2, 2, 2)]).nan_to_num(posinf=0.0).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: hulukern.layer_norm([1.0], torch.ones(1), torch.ones(1)), "layer_norm: x has type list"),  # type: ignore[call-overload]
+        (
+            lambda: hulukern.layer_norm(torch.tensor(1.0), torch.ones(1), torch.ones(1)),
+            "layer_norm: x has 0 dimensions",
+        ),
+        (lambda: hulukern.patch_embed(torch.ones(2, 4), None), "patch_embed: weight has type NoneType"),  # type: ignore[arg-type]
+        (lambda: hulukern.patch_embed(torch.ones(2, 4), torch.ones(4)), "patch_embed: weight has shape [4]"),
+        (lambda: hulukern.rope_attention(None, None, None, None, None), "rope_attention: q has type"),  # type: ignore[arg-type]
+        (lambda: hulukern.token_score([[1.0]], [(1, 1, 1)]), "token_score: patches has type list"),  # type: ignore[arg-type]
+        (lambda: hulukern.token_score(torch.ones(4, 3), [2, 2, 2]), "token_score: grid_thw has a row 2"),  # type: ignore[list-item]
+        (lambda: hulukern.token_score(torch.ones(4, 3), [(2.9, 2, 2)]), "token_score: grid_thw has value 2.9"),  # type: ignore[list-item]
+        (lambda: hulukern.token_score(torch.ones(4, 0), [(1, 2, 2)]), "token_score: patches has L=0"),
+        (
+            lambda: hulukern.token_score_frames(torch.zeros(1, 28, 28, 1).short(), windows=[(0.9, 2)]),  # type: ignore[list-item]
+            "token_score_frames: windows has value 0.9",
+        ),
+        (
+            lambda: hulukern.token_score_frames(torch.zeros(1, 28, 28, 1).short(), windows=[(0, 1, 2)]),  # type: ignore[list-item]
+            "token_score_frames: windows has a row (0, 1, 2)",
+        ),
+        (lambda: hulukern.token_score_frames(torch.zeros(1, 28, 28, 0).byte()), "token_score_frames: frames has C=0"),
+    ],
+)
+def test_what_is_no_tensor_or_no_number_is_named(call, says: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises((ValueError, TypeError), match=re.escape(says)):
+        call()
+
+
+def test_one_dimension_is_one_row() -> None:
+    x, w = torch.randn(8), torch.ones(8)
+    torch.testing.assert_close(hulukern.layer_norm(x, w, w), hulukern.layer_norm(x[None], w, w)[0])
+    torch.testing.assert_close(hulukern.bias_gelu(x, w), hulukern.bias_gelu(x[None], w)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,56 @@ def test_bad_grids_and_modals_are_named() -> None:
 def test_every_rule_has_units_and_a_summary() -> None:
     assert list(RULES) == ["released", "videollama3", "previous", "bounded", "budget"]
     assert all(rule.units and rule.summary for rule in RULES.values())
+
+
+# --- decisions at their edges -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["released", "previous", "videollama3"])
+def test_frames_that_keep_fewer_than_min_tokens_get_their_first_ones(rule: str) -> None:
+    """Also those that keep some: 1 or 2 of the 3 asked for."""
+    frames = torch.zeros(4, 56, 84, 3, dtype=torch.uint8)
+    frames[1:, 28:, 56:] = 200  # cell 5 changes once
+    frames[2:, 28:, :56] = 200  # then cells 3 and 4
+    keep = prune_frames(frames, rule=rule, min_tokens=3, backend="reference").keep.view(4, 6)
+    assert keep[1].nonzero().flatten().tolist() == [0, 1, 2, 5]
+    assert keep[2].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    assert keep[3].nonzero().flatten().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", ["previous", "bounded"])
+def test_a_difference_of_just_the_threshold_is_dropped(rule: str, backend: str) -> None:
+    """0.1 is 12.75 steps: a sum of 29988 over the 2352 values of a cell."""
+    frames = torch.zeros(2, 28, 56, 3, dtype=torch.uint8)
+    flat = torch.full((2352,), 12, dtype=torch.uint8)
+    flat[: 29988 - 12 * 2352] = 13
+    frames[1, :, :28] = flat.view(28, 28, 3)
+    frames[1, :, 28:] = flat.view(28, 28, 3)
+    frames[1, 0, 28, 0] += 1
+    keep = prune_frames(frames, rule=rule, min_tokens=0 if rule == "previous" else None, backend=backend).keep
+    assert keep.tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("rule", ["previous", "bounded"])
+def test_a_threshold_of_zero_drops_what_stands_still(rule: str) -> None:
+    frames = torch.full((3, 28, 28, 3), 7, dtype=torch.uint8)
+    keep = prune_frames(frames, rule=rule, threshold=0.0, min_tokens=0 if rule == "previous" else None).keep
+    assert keep.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rule": "previous", "windows": [(0, 1)]}, "windows has 1 rows, expected None"),
+        ({"rule": "previous", "mean": float("nan")}, "mean has value nan"),
+        ({"rule": "previous", "std": 0.0}, "std has value 0.0"),
+        ({"rule": "previous", "threshold": "a"}, "threshold has value 'a'"),
+        ({"rule": "budget", "keep": True}, "keep has value True"),
+        ({"rule": "budget", "keep": 1.5}, "keep has share 1.5"),
+        ({"rule": "previous", "merge_size": 0}, "patch_size, merge_size has values 14, 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        prune_frames(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), **options)

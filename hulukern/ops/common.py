@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -29,11 +30,22 @@ def flat_grid_thw(op: str, grid_thw: GridTHW) -> list[int]:
             fail(op, "grid_thw", f"{grid_thw.dtype} of shape {list(grid_thw.shape)}", "integers of shape [G, 3]")
         return [int(size) for row in grid_thw.tolist() for size in row]
     flat: list[int] = []
-    for row in grid_thw:
-        if len(row) != 3:
-            fail(op, "grid_thw", f"a row of {len(row)} sizes", "rows (t, h, w)")
-        flat.extend(int(size) for size in row)
+    for row in grid_thw if isinstance(grid_thw, Sequence) else [grid_thw]:
+        if not isinstance(row, (Sequence, torch.Tensor)) or isinstance(row, str) or len(row) != 3:
+            fail(op, "grid_thw", f"a row {row!r}", "rows (t, h, w)")
+        flat.extend(whole(op, "grid_thw", size) for size in row)
     return flat
+
+
+def whole(op: str, name: str, value: Any) -> int:
+    """A whole number, of whatever type; 2.9 is refused instead of becoming 2."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        fail(op, name, f"value {value!r}", "a whole number", TypeError)
+    if number != value:
+        fail(op, name, f"value {value!r}", "a whole number")
+    return number
 
 
 def check_grid(op: str, grid_thw: Sequence[int], merge_size: int, n_patches: int) -> None:
@@ -56,6 +68,8 @@ def check_frames(op: str, frames: torch.Tensor, patch_size: int, merge_size: int
     """Frames ``[T, H, W, C]`` must be whole cells of ``merge_size`` x ``merge_size`` patches."""
     if patch_size < 1 or merge_size < 1:
         fail(op, "patch_size, merge_size", f"values {patch_size}, {merge_size}", "at least 1")
+    if frames.shape[3] < 1:
+        fail(op, "frames", "C=0", "at least 1 channel")
     side = patch_size * merge_size
     if frames.shape[1] % side or frames.shape[2] % side:
         fail(
@@ -64,6 +78,15 @@ def check_frames(op: str, frames: torch.Tensor, patch_size: int, merge_size: int
             f"H={frames.shape[1]}, W={frames.shape[2]}",
             f"multiples of patch_size * merge_size = {side}",
         )
+
+
+def as_rows(op: str, name: str, x: torch.Tensor) -> torch.Tensor:
+    """``[..., E]`` as ``[N, E]``."""
+    if not isinstance(x, torch.Tensor):
+        fail(op, name, f"type {type(x).__name__}", "a torch.Tensor", TypeError)
+    if x.dim() < 1:
+        fail(op, name, "0 dimensions", "[..., E]")
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def rows_dense(x: torch.Tensor, inner: int) -> torch.Tensor:

@@ -133,6 +133,16 @@ def test_missing_and_left_over_keys_are_listed(source: tuple[Path, str], tmp_pat
         assert text in str(caught.value)
 
 
+def test_keys_of_another_shape_are_listed(source: tuple[Path, str], tmp_path: Path) -> None:
+    folder, family = source
+    write_layout(folder, tmp_path / "in", "released", family)
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 mismatched keys .*model\.norm\.weight"):
+        HuluMedForConditionalGeneration.from_pretrained(tmp_path / "in")
+
+
 def test_a_pickle_is_not_opened(source: tuple[Path, str], tmp_path: Path) -> None:
     folder, family = source
     write_layout(folder, tmp_path / "in", "released", family)
@@ -151,10 +161,19 @@ def test_a_pickle_is_not_opened(source: tuple[Path, str], tmp_path: Path) -> Non
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"vision_encoder_config": {"hidden_size": 145}}, "HuluMedVisionConfig"),
         ({"vision_encoder_config": [1]}, "vision_encoder_config of type list"),
+        ({"vision_encoder_config": {"hiden_size": 5}}, "key 'hiden_size', expected 'hidden_size'"),
+        ({"use_token_compresion": False}, "key 'use_token_compresion'"),
+        ({"image_token_index": 10_000_000}, "image_token_index 10000000"),
+        ({"image_token_index": -5}, "image_token_index -5"),
+        ({"pruning": "bounded"}, "pruning has value 'bounded'"),
+        ({"pruning": {"rule": "zzz"}}, "rule has value 'zzz'"),
+        ({"hidden_size": -64}, "hidden_size -64"),
     ],
 )
 def test_wrong_config_keys_name_the_file(change: dict, says: str, source: tuple[Path, str], tmp_path: Path) -> None:
     config = json.loads((source[0] / "config.json").read_text()) | change
+    if "use_token_compresion" in change:
+        del config["use_token_compression"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json: has") as caught:
         HuluMedConfig.from_pretrained(tmp_path)

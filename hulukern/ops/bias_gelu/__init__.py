@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hulukern.ops.bias_gelu.spec import BIAS_GELU, BIAS_GELU_BACKWARD
+from hulukern.ops.common import as_rows
 from hulukern.registry import register
 
 
@@ -52,5 +53,4 @@ def bias_gelu(
     Raises:
         TypeError: wrong type or dtype. ValueError: shapes, another ``approximate``. BackendUnavailable.
     """
-    rows = x if x.dim() == 2 else x.flatten(0, -2)
-    return _op(rows, bias, approximate, backend or "").view(x.shape)
+    return _op(as_rows("bias_gelu", "x", x), bias, approximate, backend or "").view(x.shape)

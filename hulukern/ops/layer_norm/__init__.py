@@ -6,6 +6,7 @@ from typing import Any, overload
 
 import torch
 
+from hulukern.ops.common import as_rows
 from hulukern.ops.layer_norm.spec import LAYER_NORM, LAYER_NORM_BACKWARD
 from hulukern.registry import register
 
@@ -86,7 +87,7 @@ def layer_norm(
 
     Source: Hulu-Med's encoder blocks, where every LayerNorm but the first follows a residual add.
     """
-    rows = x.flatten(0, -2) if x.dim() != 2 else x
-    added = residual.flatten(0, -2) if residual is not None and residual.dim() != 2 else residual
+    rows = as_rows("layer_norm", "x", x)
+    added = None if residual is None else as_rows("layer_norm", "residual", residual)
     y, summed, _, _ = _op(rows, added, weight, bias, eps, backend or "")
     return y.view(x.shape) if residual is None else (y.view(x.shape), summed.view(x.shape))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hulukern.ops.common import whole
 from hulukern.ops.patch_embed.spec import PATCH_EMBED, PATCH_EMBED_CUT, PATCH_EMBED_FRAMES, PATCH_EMBED_NORMALIZE
 from hulukern.registry import register
 from hulukern.validation import fail
@@ -125,10 +126,10 @@ def patch_embed(
 
     Source: Hulu-Med's ``embeddings.patch_embedding``, a Conv2d whose stride is its kernel.
     """
-    if mean is not None and patches.is_floating_point():
+    if mean is not None and isinstance(patches, torch.Tensor) and patches.is_floating_point():
         fail("patch_embed", "mean", f"value {tuple(mean)}", "None for float patches, which are normalised already")
     channels = len(mean) if mean is not None else 1
-    return _embed_op(patches, weight.flatten(1), bias, channels, _floats(mean), _floats(std), backend or "")
+    return _embed_op(patches, _rows_of(weight), bias, channels, _floats(mean), _floats(std), backend or "")
 
 
 def patch_embed_frames(
@@ -159,7 +160,7 @@ def patch_embed_frames(
         Differentiable in weight and bias.
     """
     embedding, scores = _frames_op(
-        frames, weight.flatten(1), bias, patch_size, merge_size, _floats(mean), _floats(std), _ints(window),
+        frames, _rows_of(weight), bias, patch_size, merge_size, _floats(mean), _floats(std), _ints(window),
         with_scores, backend or "",
     )  # fmt: skip
     return (embedding, scores) if with_scores else embedding
@@ -225,9 +226,14 @@ def fold_normalization(
     return (planes / (255 * s)).flatten(1).to(weight.dtype), folded_bias.to(weight.dtype)
 
 
+def _rows_of(weight: torch.Tensor) -> torch.Tensor:
+    """A convolution's ``[E, C, P, P]`` as ``[E, L]``; anything else is the op's to refuse."""
+    return weight.flatten(1) if isinstance(weight, torch.Tensor) and weight.dim() > 2 else weight
+
+
 def _floats(values: Sequence[float] | None) -> list[float] | None:
     return None if values is None else [float(v) for v in values]
 
 
 def _ints(window: Sequence[int] | None) -> list[int]:
-    return [] if window is None else [int(v) for v in window]
+    return [] if window is None else [whole("patch_embed", "window", v) for v in window]

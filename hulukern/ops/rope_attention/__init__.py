@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hulukern.ops.common import whole
 from hulukern.ops.rope_attention.spec import ROPE_ATTENTION, ROPE_ATTENTION_BACKWARD, ROPE_ATTENTION_ROTATE
 from hulukern.registry import register
 from hulukern.validation import fail
@@ -100,11 +101,11 @@ def rope_attention(
     op = "rope_attention"
     if (positions_q is None) != (cu_seqlens_q is None):
         fail(op, "positions_q, cu_seqlens_q", "one of the two", "both or neither")
+    split = _sections(op, sections, q, positions)
     return _op(
         q, k, v, positions if positions_q is None else positions_q, positions,
         cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, cu_seqlens,
-        _sections(op, sections, q, positions), float(theta), q.shape[-1] ** -0.5 if scale is None else float(scale),
-        backend or "",
+        split, float(theta), q.shape[-1] ** -0.5 if scale is None else float(scale), backend or "",
     )[0]  # fmt: skip
 
 
@@ -126,8 +127,14 @@ def rope_attention_rotate(
 
 
 def _sections(op: str, sections: Sequence[int] | None, x: torch.Tensor, positions: torch.Tensor) -> list[int]:
+    for name, tensor in (("q", x), ("positions", positions)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
+            came = (
+                f"shape {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else f"type {type(tensor).__name__}"
+            )
+            fail(op, name, came, "[N, A, D] and positions [N, axes]", TypeError)
     if sections is not None:
-        return [int(n) for n in sections]
+        return [whole(op, "sections", n) for n in sections]
     pairs, axes = x.shape[-1] // 2, positions.shape[-1]
     if axes < 1 or pairs % axes:
         fail(op, "sections", "value None", f"pair counts, since D/2 = {pairs} does not divide into {axes} axes")

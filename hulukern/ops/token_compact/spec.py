@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hulukern.ops.common import FLOATS
 from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
-from hulukern.validation import fail
+from hulukern.validation import dtype_name, fail
 
 ROWS = (*FLOATS, torch.float64, torch.uint8, torch.bool, torch.int16, torch.int32, torch.int64)
 
@@ -24,6 +26,11 @@ def _check(a: Arguments, letters: dict[str, int]) -> None:
         fail(op, "bound", f"value {a['bound']}", "at least 0")
     if len(a["fill"]) != len(a["tensors"]):
         fail(op, "fill", f"{len(a['fill'])} values", f"one for each of {len(a['tensors'])} tensors")
+    for value, x in zip(a["fill"], a["tensors"], strict=True):
+        if not x.is_floating_point():
+            low, high = (0, 1) if x.dtype == torch.bool else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+            if not low <= value <= high:
+                fail(op, "fill", f"value {value}", f"{low} to {high} for {dtype_name(x.dtype)}")
     if a["cu_seqlens"] is not None and a["cu_seqlens"].shape[0] < 1:
         fail(op, "cu_seqlens", "0 entries", "S+1")
 
@@ -75,6 +82,20 @@ def _cost(a: Arguments) -> Cost:
     return Cost(rows + a["keep"].numel() * a["keep"].element_size() + 16 * kept, 0)
 
 
+def _bytes(a: Arguments) -> torch.Tensor:
+    return torch.zeros(a["n_rows"], dtype=torch.uint8)
+
+
+def _with(name: str, values: list[int], dtype: torch.dtype) -> Callable[[Arguments], Arguments]:
+    """An edit that puts other values there; a gradient is cut to as many rows."""
+
+    def change(a: Arguments) -> Arguments:
+        changed = {**a, name: torch.tensor(values, dtype=dtype)}
+        return {**changed, "grad": a["grad"][: len(values)]} if "grad" in a else changed
+
+    return change
+
+
 TOKEN_COMPACT = Op(
     name="token_compact",
     summary="kept rows, ids, positions, labels, cu_seqlens and count, stable",
@@ -122,6 +143,15 @@ TOKEN_COMPACT = Op(
         ),
         BadCall("float_mask", lambda a: {**a, "keep": torch.ones(a["n_rows"])}, TypeError, ("keep", "float32", "bool")),
         BadCall("bound_negative", lambda a: {**a, "bound": -1}, ValueError, ("bound", "-1")),
+        BadCall("fill_outside", lambda a: {**a, "tensors": [_bytes(a)], "fill": [-100]}, ValueError, ("fill", "-100")),
+        *(
+            BadCall(f"rows_{name}", _with("keep", rows, torch.int64), ValueError, ("keep",), values=True)
+            for name, rows in (("negative", [-1, 2]), ("falling", [2, 1]), ("twice", [1, 1]), ("outside", [0, 400]))
+        ),
+        *(
+            BadCall(f"ends_{name}", _with("cu_seqlens", ends, torch.int32), ValueError, ("cu_seqlens",), values=True)
+            for name, ends in (("short", [0, 3]), ("fall", [0, 9, 5, 400]), ("begin", [1, 400]))
+        ),
     ),
 )
 
@@ -149,6 +179,10 @@ TOKEN_COMPACT_BACKWARD = Op(
     check=_check_backward,
     bad_calls=(
         BadCall("index_short", lambda a: {**a, "index": a["index"][1:]}, ValueError, ("index", "B=")),
+        *(
+            BadCall(f"index_{n}", _with("index", [n, 0], torch.int64), ValueError, (f"{n}",), values=True)
+            for n in (-2, 200)
+        ),
         BadCall("index_i32", lambda a: {**a, "index": a["index"].int()}, TypeError, ("index", "int32", "int64")),
     ),
 )

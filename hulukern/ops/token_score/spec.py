@@ -25,6 +25,8 @@ def _check_reference(op: str, arguments: Arguments) -> None:
 def _check(arguments: Arguments, letters: dict[str, int]) -> None:
     _check_reference("token_score", arguments)
     check_grid("token_score", arguments["grid_thw"], arguments["merge_size"], letters["N"])
+    if letters["L"] < 1:
+        fail("token_score", "patches", "L=0", "at least 1 value a patch")
 
 
 def _check_frames(arguments: Arguments, letters: dict[str, int]) -> None:
