@@ -129,25 +129,32 @@ HK_INLINE void store(f16* p, f32x16 x) {
 template <class T>
 HK_INLINE f32x16 load(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
-  T part[kLanes] = {};
+  alignas(64) T part[kLanes] = {};
+#ifdef __AVX512BW__
+  const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
+  if (sizeof(T) == 4)
+    _mm512_store_si512(part, _mm512_maskz_loadu_epi32(some, p));
+  else
+    _mm256_store_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(some, p));
+#else
   memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
+#endif
   return load(part);
 }
 template <class T>
 HK_INLINE void store(T* p, f32x16 x, int64_t n) {
   if (n >= kLanes) return store(p, x);
-  T part[kLanes];
+  alignas(64) T part[kLanes];
   store(part, x);
+#ifdef __AVX512BW__
+  const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
+  if (sizeof(T) == 4)
+    _mm512_mask_storeu_epi32(p, some, _mm512_load_si512(part));
+  else
+    _mm256_mask_storeu_epi16(p, some, _mm256_load_si256(reinterpret_cast<const __m256i*>(part)));
+#else
   memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
-}
-
-// What storing x as T and loading it again gives.
-template <class T>
-HK_INLINE f32x16 rounded_to(f32x16 x) {
-  if (sizeof(T) == sizeof(float)) return x;
-  T part[kLanes];
-  store(part, x);
-  return load(part);
+#endif
 }
 
 // Calls body(i, n) for stretches of a row of E values: n = 16, and what is left.
@@ -178,6 +185,30 @@ HK_INLINE int with_type(int32_t dtype, Body body) {
   if (dtype == HK_F32) return body(static_cast<float*>(nullptr));
   if (dtype == HK_BF16) return body(static_cast<bf16*>(nullptr));
   return body(static_cast<f16*>(nullptr));
+}
+
+// 2^x for x <= 0 or small: the nearest integer goes into the exponent, 2^rest is a polynomial of minimax
+// coefficients. Relative error 3e-9 (degree 6) or 1e-4 (degree 3), and fp32 rounding. Below -126 it stays at
+// 2^-126, above 127 it is wrong. NaN stays NaN.
+template <int degree>
+HK_INLINE f32x16 exp2(f32x16 x) {
+  x = larger(splat(-126.0f), x);
+  const f32x16 shifted = x + 0x1.8p23f;
+  const f32x16 rest = x - (shifted - 0x1.8p23f);
+  f32x16 y;
+  if (degree == 3) {
+    y = multiply_add(rest, splat(0.055922035f), splat(0.24264008f));
+    y = multiply_add(rest, y, splat(0.693121f));
+    y = multiply_add(rest, y, splat(0.99992448f));
+  } else {
+    y = multiply_add(rest, splat(0.00015469732f), splat(0.0013400433f));
+    y = multiply_add(rest, y, splat(0.0096180253f));
+    y = multiply_add(rest, y, splat(0.0555032715f));
+    y = multiply_add(rest, y, splat(0.2402265072f));
+    y = multiply_add(rest, y, splat(0.6931471825f));
+    y = multiply_add(rest, y, splat(1.0f));
+  }
+  return floats_of(bits_of(y) + (bits_of(shifted) << 23));
 }
 
 // [E] of any float dtype to fp32.

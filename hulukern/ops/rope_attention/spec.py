@@ -189,7 +189,7 @@ ROPE_ATTENTION = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("q", "k", "v"),
-    backends={"reference": "reference:rope_attention"},
+    backends={"reference": "reference:rope_attention", "cpu": "native:rope_attention"},
     check=lambda a, letters: _check_attention("rope_attention", a, letters),
     bad_calls=_BAD,
 )
