@@ -150,5 +150,5 @@ extern "C" int hk_rope_attention_rotate(const hk_exec* exec, const hk_tensor* x,
   args.N = x->shape[0];
   args.A = x->shape[1];
   args.num_threads = threads_for(exec, 2 * args.N * args.A * args.D * dtype_size(x->dtype));
-  return HK_DISPATCH_CPU_BF16(rope_attention_rotate, args);
+  return HK_DISPATCH_CPU(rope_attention_rotate, args);
 }

@@ -54,4 +54,4 @@ struct RopeAttentionRotateArgs {
 
 HK_DECLARE_CPU_BF16(rope_attention, hk::RopeAttentionArgs)
 HK_DECLARE_CPU_BF16(rope_attention_backward, hk::RopeAttentionBackwardArgs)
-HK_DECLARE_CPU_BF16(rope_attention_rotate, hk::RopeAttentionRotateArgs)
+HK_DECLARE_CPU(rope_attention_rotate, hk::RopeAttentionRotateArgs)

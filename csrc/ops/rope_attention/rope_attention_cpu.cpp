@@ -19,7 +19,6 @@ template <class Unit>
 struct Scratch {
   Unit *keys, *values, *query, *weights;
   float *logits, *out, *rows, *spare;
-  float state[3][kTileLanes];  // running maximum, sum, rescaling
 
   Scratch(const Depth<Unit>& depth, int64_t longest) {
     keys = allocate<Unit>(depth.rows_size(longest));
@@ -57,15 +56,6 @@ HK_INLINE void weigh(float* weights, const float* logits, int64_t n, float c, co
 }
 
 #ifdef __AVX512BF16__
-// Two keys' weights to pairs: 32 bf16, the second key's in the upper half, then word i and 16 + i side by side.
-HK_INLINE __m512i to_pairs(f32x16 low, f32x16 high) {
-  const __m512i both =
-      reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
-}
-
 HK_INLINE void weigh(Pair* weights, const float* logits, int64_t n, float c, const f32x16* base, f32x16* sum) {
   for (int64_t i = 0; i < n; i += 2)
     for (int h = 0; h < 2; ++h) {
@@ -139,33 +129,16 @@ void attend_to_nothing(const RopeAttentionArgs& a, int64_t head, int64_t first, 
 template <class T, class Unit>
 int attend(const RopeAttentionArgs& a) {
   const Depth<Unit> depth(a.D);
-  int64_t longest_q = 0, longest_k = 0;
-  for (int64_t s = 0; s < a.S; ++s) {
-    const int64_t q = a.cu_seqlens_q[s + 1] - a.cu_seqlens_q[s], k = a.cu_seqlens_k[s + 1] - a.cu_seqlens_k[s];
-    longest_q = q > longest_q ? q : longest_q;
-    longest_k = k > longest_k ? k : longest_k;
-  }
-  const bool shared = a.positions_q == a.positions_k && a.Nq == a.Nk;
-  const int64_t stride = round_up(a.rope.pairs, 16), n_turns = a.Nk + (shared ? 0 : a.Nq);
-  const Turns of_k = {allocate<float>(2 * n_turns * stride), stride};
-  if (of_k.data == nullptr) return HK_OUT_OF_MEMORY;
-  const Turns of_q = {shared ? of_k.data : of_k.data + 2 * a.Nk * stride, stride};
-  // A head's keys are packed once per group of its query tiles: one group, unless threads would stand idle.
-  const int64_t tiles = (longest_q + kTileLanes - 1) / kTileLanes, units = a.S * a.A;
-  int64_t groups = units == 0 ? 1 : (4 * a.num_threads + units - 1) / units;
-  groups = groups < tiles ? groups : tiles;
+  const TurnTable table(a);
+  if (table.data == nullptr) return HK_OUT_OF_MEMORY;
+  const int64_t units = a.S * a.A, groups = groups_of(longest(a.cu_seqlens_q, a.S), units, a.num_threads);
   int out_of_memory = 0;
 #pragma omp parallel num_threads(a.num_threads) reduction(| : out_of_memory)
   {
-    Scratch<Unit> s(depth, longest_k);
+    Scratch<Unit> s(depth, longest(a.cu_seqlens_k, a.S));
     out_of_memory = !s.complete();
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < n_turns; ++row) {
-      const int32_t* position =
-          row < a.Nk ? a.positions_k + row * a.rope.axes : a.positions_q + (row - a.Nk) * a.rope.axes;
-      float* cos = of_k.data + 2 * row * stride;
-      fill_turns(cos, cos + stride, position, a.rope);
-    }
+    for (int64_t row = 0; row < table.rows; ++row) table.fill(a, row);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < units * groups; ++unit) {
       if (out_of_memory) continue;
@@ -182,19 +155,18 @@ int attend(const RopeAttentionArgs& a) {
       for (int64_t row = 0; row < n_k; row += 32) {
         const int64_t n = n_k - row < 32 ? n_k - row : 32;
         read_rows<T>(s.rows, depth.stride(), a.k, head, k + row, n, a.D);
-        turn_rows(s.rows, depth.stride(), n, a.rope, of_k, k + row, 1.0f);
+        turn_rows(s.rows, depth.stride(), n, a.rope, table.of_k, k + row, 1.0f);
         put_rows(s.keys + row * depth.row_units(), depth, s.rows);
         read_rows<T>(s.rows, depth.stride(), a.v, head, k + row, n, a.D);
         put_columns(s.values + depth.columns_size(row), depth, s.rows);
       }
       for (int64_t row = begin; row < end; row += kTileLanes) {
         const int64_t n = end - row < kTileLanes ? end - row : kTileLanes;
-        attend_tile<T>(a, depth, s, of_q, head, q + row, n, n_k);
+        attend_tile<T>(a, depth, s, table.of_q, head, q + row, n, n_k);
       }
     }
     release_tiles();
   }
-  free(of_k.data);
   return out_of_memory ? HK_OUT_OF_MEMORY : HK_OK;
 }
 
@@ -210,13 +182,6 @@ int rope_attention(const RopeAttentionArgs& args) {
 #else
   return attend<bf16, float>(args);
 #endif
-}
-
-int rope_attention_backward(const RopeAttentionBackwardArgs&) {
-  return HK_UNSUPPORTED;
-}
-int rope_attention_rotate(const RopeAttentionRotateArgs&) {
-  return HK_UNSUPPORTED;
 }
 
 }  // namespace hk::HK_CPU_LEVEL

@@ -122,6 +122,43 @@ inline void fill_turns(float* cos, float* sin, const int32_t* position, const Ro
   }
 }
 
+// Angles of all keys, and of all queries unless those are the same rows.
+struct TurnTable {
+  float* data;
+  int64_t rows;
+  Turns of_q, of_k;
+
+  explicit TurnTable(const hk::RopeAttentionArgs& a) {
+    const bool shared = a.positions_q == a.positions_k && a.Nq == a.Nk;
+    const int64_t stride = round_up(a.rope.pairs, 16);
+    rows = a.Nk + (shared ? 0 : a.Nq);
+    data = allocate_floats(2 * rows * stride);
+    of_k = {data, stride};
+    of_q = {shared ? data : data + 2 * a.Nk * stride, stride};
+  }
+  ~TurnTable() { free(data); }
+  TurnTable(const TurnTable&) = delete;
+  void fill(const hk::RopeAttentionArgs& a, int64_t row) const {
+    const int32_t* position =
+        row < a.Nk ? a.positions_k + row * a.rope.axes : a.positions_q + (row - a.Nk) * a.rope.axes;
+    float* cos = data + 2 * row * of_k.stride;
+    fill_turns(cos, cos + of_k.stride, position, a.rope);
+  }
+};
+
+inline int64_t longest(const int32_t* ends, int64_t S) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < S; ++s) most = ends[s + 1] - ends[s] > most ? ends[s + 1] - ends[s] : most;
+  return most;
+}
+
+// A (sequence, head) packs what streams by once for all its tiles, unless threads would stand idle.
+inline int64_t groups_of(int64_t longest_rows, int64_t units, int64_t threads) {
+  const int64_t tiles = (longest_rows + kTileLanes - 1) / kTileLanes;
+  const int64_t wanted = units == 0 ? 1 : (4 * threads + units - 1) / units;
+  return wanted < tiles ? wanted : tiles;
+}
+
 // --- tiles of 32 rows in fp32 ---------------------------------------------------------------------------------
 
 // Turns rows first .. first + n in place by sign * their angles.
@@ -173,6 +210,17 @@ HK_INLINE u32x16 bf16_bits(f32x16 x) {
   memcpy(&y, part, sizeof y);
   return __builtin_convertvector(y, u32x16);
 }
+
+#ifdef __AVX512BF16__
+// Two rows to pairs: 32 bf16, the second row's in the upper half, then word i and 16 + i side by side.
+HK_INLINE __m512i to_pairs(f32x16 low, f32x16 high) {
+  const __m512i both =
+      reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
+#endif
 
 inline void put_rows(float* out, const Depth<float>& depth, const float* rows) {
   for (int64_t r = 0; r < 32; ++r)
