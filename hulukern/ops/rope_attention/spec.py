@@ -193,7 +193,7 @@ ROPE_ATTENTION = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("q", "k", "v"),
-    backends={"reference": "reference:rope_attention"},
+    backends={"reference": "reference:rope_attention", "cpu": "native:rope_attention"},
     check=lambda a, letters: _check_attention("rope_attention", a, letters),
     bad_calls=_BAD,
 )
@@ -220,7 +220,7 @@ ROPE_ATTENTION_BACKWARD = Op(
     reduction=lambda a: int(a["q"].shape[2]) + int(a["k"].shape[0]) + int(a["q"].shape[0]),
     exact=lambda a: False,
     plain=_plain_backward,
-    backends={"reference": "reference:rope_attention_backward"},
+    backends={"reference": "reference:rope_attention_backward", "cpu": "native:rope_attention_backward"},
     check=lambda a, letters: _check_attention("rope_attention_backward", a, letters),
     bad_calls=(
         *_BAD,
@@ -252,7 +252,7 @@ ROPE_ATTENTION_ROTATE = Op(
     exact=lambda a: False,
     plain=rope_attention_rotate,
     differentiable=("x",),
-    backends={"reference": "reference:rope_attention_rotate"},
+    backends={"reference": "reference:rope_attention_rotate", "cpu": "native:rope_attention_rotate"},
     check=lambda a, letters: _check_sections("rope_attention_rotate", a, letters),
     bad_calls=(
         BadCall("sections_sum", lambda a: {**a, "sections": [18, 17]}, ValueError, ("sections", "D/2 = 36")),

@@ -1,0 +1,131 @@
+// bias_gelu on the CPU, one pass.
+//   tanh  u * sigmoid(2 z), z = sqrt(2/pi) (u + 0.044715 u^3): one exponential and one division
+//   erf   u * Phi(u), Phi(-|u|) = t poly(t) exp(-u^2/2) / 2 with t = 1 / (1 + p |u| / sqrt 2): Abramowitz and
+//         Stegun 7.1.26, 0.75e-7 of Phi, which fp32 rounding equals
+// Nothing is fused, so that all levels give the same bits. The bias gradient is summed per stretch of rows and
+// then over the stretches, in order.
+#include "cpu/row_norm.h"
+#include "ops/bias_gelu/bias_gelu.h"
+
+namespace {
+
+using hk::BiasGeluArgs;
+using hk::BiasGeluBackwardArgs;
+
+constexpr float kLog2e = 1.44269504f, kSqrt2OverPi = 0.797884561f, kCubic = 0.044715f;
+
+HK_INLINE f32x16 exponential(f32x16 x) {
+  return exp2<6, false>(smaller(splat(126.0f), x * kLog2e));
+}
+
+// Phi(u), and exp(-u^2/2) beside it.
+HK_INLINE f32x16 normal_cdf(f32x16 u, f32x16* bell) {
+  const f32x16 x = floats_of(bits_of(u) & 0x7fffffffu) * 0.707106781f;
+  const f32x16 t = 1.0f / (1.0f + 0.3275911f * x);
+  *bell = exponential(-(x * x));
+  f32x16 y = t * 1.061405429f - 1.453152027f;
+  y = y * t + 1.421413741f;
+  y = y * t - 0.284496736f;
+  y = y * t + 0.254829592f;
+  const f32x16 tail = 0.5f * (y * t * *bell);
+  return pick(u < 0.0f, tail, 1.0f - tail);
+}
+
+template <bool erf>
+HK_INLINE f32x16 gelu(f32x16 u) {
+  if (erf) {
+    f32x16 bell;
+    return u * normal_cdf(u, &bell);
+  }
+  return u / (1.0f + exponential((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u)));
+}
+
+template <bool erf>
+HK_INLINE f32x16 slope(f32x16 u) {
+  if (erf) {
+    f32x16 bell;
+    const f32x16 below = normal_cdf(u, &bell);
+    return below + u * bell * 0.398942280f;
+  }
+  const f32x16 e = exponential((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u));
+  const f32x16 s = 1.0f / (1.0f + e);
+  // s (1 - s) as e s^2: nothing cancels where s is nearly 1.
+  return s + 2.0f * kSqrt2OverPi * u * (1.0f + 3.0f * kCubic * u * u) * (e * s * s);
+}
+
+template <class T, bool erf>
+int forward(const BiasGeluArgs& a) {
+  float* bias = nullptr;
+  if (a.bias != nullptr) {
+    bias = allocate_floats(a.E);
+    if (bias == nullptr) return HK_OUT_OF_MEMORY;
+    to_floats(bias, a.bias, a.dtype, a.E);
+  }
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
+  for (int64_t row = 0; row < a.N; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    T* out = static_cast<T*>(a.out) + row * a.out_stride;
+    each_stretch(a.E, [&](int64_t i, int64_t n) {
+      f32x16 u = load(x + i, n);
+      if (bias != nullptr) u += load(bias + i);
+      store(out + i, gelu<erf>(u), n);
+    });
+  }
+  free(bias);
+  return HK_OK;
+}
+
+template <class T, bool erf>
+int backward(const BiasGeluBackwardArgs& a) {
+  float* bias = nullptr;
+  if (a.bias != nullptr) {
+    bias = allocate_floats(a.E);
+    if (bias == nullptr) return HK_OUT_OF_MEMORY;
+    to_floats(bias, a.bias, a.dtype, a.E);
+  }
+  const int64_t B = bias != nullptr ? a.B : 32, stretch = (a.N + B - 1) / B;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.num_threads)
+  for (int64_t b = 0; b < B; ++b) {
+    float* sums = bias != nullptr ? a.partial + b * a.E : nullptr;
+    if (sums != nullptr) memset(sums, 0, static_cast<size_t>(a.E) * sizeof(float));
+    const int64_t end = (b + 1) * stretch < a.N ? (b + 1) * stretch : a.N;
+    for (int64_t row = b * stretch; row < end; ++row) {
+      const T* grad = static_cast<const T*>(a.grad) + row * a.grad_stride;
+      const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+      T* grad_x = static_cast<T*>(a.grad_x) + row * a.grad_x_stride;
+      each_stretch(a.E, [&](int64_t i, int64_t n) {
+        f32x16 u = load(x + i, n);
+        if (bias != nullptr) u += load(bias + i);
+        const f32x16 g = load(grad + i, n) * slope<erf>(u);
+        store(grad_x + i, g, n);
+        if (sums != nullptr) store(sums + i, load(sums + i, n) + g, n);
+      });
+    }
+  }
+  if (bias != nullptr) {
+    add_stretches(a.partial, B, a.E);
+    from_floats(a.grad_bias, a.partial, a.dtype, a.E);
+  }
+  free(bias);
+  return HK_OK;
+}
+
+}  // namespace
+
+namespace hk::HK_CPU_LEVEL {
+
+int bias_gelu(const BiasGeluArgs& args) {
+  return with_type(args.dtype, [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    return args.gelu == HK_GELU_ERF ? forward<T, true>(args) : forward<T, false>(args);
+  });
+}
+
+int bias_gelu_backward(const BiasGeluBackwardArgs& args) {
+  return with_type(args.dtype, [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    return args.gelu == HK_GELU_ERF ? backward<T, true>(args) : backward<T, false>(args);
+  });
+}
+
+}  // namespace hk::HK_CPU_LEVEL
