@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -323,8 +324,8 @@ class HuluMedProcessor:
         """From a folder or a name on the hub: what :meth:`save_pretrained` wrote, or a released checkpoint,
         whose ``preprocessor_config.json`` and ``config.json`` tell sizes and image token. ``options`` are
         arguments of the constructor that replace what is stored."""
-        for key in ("trust_remote_code", "_from_auto"):  # what AutoProcessor says besides
-            options.pop(key, None)
+        own_options = set(inspect.signature(cls.__init__).parameters)
+        hub = {key: options.pop(key) for key in list(options) if key not in own_options}  # revision, token, ...
         if Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file():
             raise ValueError(f"{name}: has no tokenizer.json, expected a checkpoint with its tokenizer")
         stored = _json(name, CONFIG)
@@ -346,7 +347,7 @@ class HuluMedProcessor:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{name}: has a {file} that does not fit ({error}), expected a processor's") from None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         except Exception as error:  # whatever the tokenizers library makes of its files
             text = " ".join(str(error).split())[:200]
             raise ValueError(f"{name}: has a tokenizer that cannot be read ({text}), expected tokenizer.json") from None
