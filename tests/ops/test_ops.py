@@ -14,6 +14,7 @@ from hulukern.testing import harness
 from hulukern.testing.buffers import LAYOUTS
 
 DEVICE = os.environ.get("HULUKERN_DEVICE", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SPECS = [registered.spec for registered in hulukern.OPS.values()]
 
 
@@ -31,9 +32,11 @@ def grid(*, layouts: tuple[str, ...] = ("contiguous",), grads: bool = False) -> 
                 for dtype in op.dtypes:
                     if grads and not harness.differentiable(op, harness.sample(op, case, dtype, "cpu")):
                         continue
+                    reason = op.uninterpreted.get(dtype) if backend == "triton" and INTERPRETED else None
+                    marks = [pytest.mark.skip(reason=f"{op.name}: {reason}")] if reason else []
                     for layout in layouts:
                         name = "-".join([op.name, backend, case.name, str(dtype).removeprefix("torch."), layout])
-                        found.append(pytest.param(op, backend, case, dtype, layout, id=name))
+                        found.append(pytest.param(op, backend, case, dtype, layout, id=name, marks=marks))
     return found
 
 

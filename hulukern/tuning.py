@@ -1,0 +1,64 @@
+"""Launch configurations of the Triton kernels, as data.
+
+A row per kernel and architecture. ``why`` gives the reason, or the file of the measurement that chose it.
+``HULUKERN_AUTOTUNE=1`` times the rows of all architectures at first use of a kernel and keeps the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ARCHITECTURES = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``blocks`` are the kernel's tile sizes by the name of its constexpr."""
+
+    blocks: Mapping[str, int]
+    warps: int
+    stages: int
+    why: str
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes beside its arguments."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def nearest(arch: int) -> int:
+    """The row's architecture for a device: the newest that is not newer."""
+    return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+
+
+def row(kernel: str, arch: int) -> Row:
+    return TABLE[kernel][nearest(arch)]
+
+
+def _tiles(q: int, k: int, warps: int, stages: int, why: str) -> Row:
+    return Row({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages, why)
+
+
+_WGMMA = "two warpgroups of 64 rows; logits of 64 keys beside the output fit in registers without spills"
+_MMA = "logits and output of 16 rows a warp fit in registers; 3 stages fit in 100 KiB"
+_SLOW = "three tf32 products each: the largest tile without spills"
+_SMALL = "99 KiB and no wgmma: three blocks of 4 warps a multiprocessor"
+_ROWS = "16 rows: 256 programs at 4096 rows, whose angles stay in registers over the heads"
+
+TABLE: dict[str, dict[int, Row]] = {
+    "rope_attention": {
+        80: _tiles(128, 64, 8, 3, _MMA),
+        90: _tiles(128, 64, 8, 3, _WGMMA),
+        100: _tiles(128, 64, 8, 3, _WGMMA),
+        120: _tiles(64, 32, 4, 2, _SMALL),
+    },
+    "rope_attention.d128": {
+        80: _tiles(128, 64, 8, 3, _MMA),
+        90: _tiles(128, 64, 8, 3, _WGMMA),
+        100: _tiles(128, 64, 8, 3, _WGMMA),
+        120: _tiles(64, 32, 8, 2, "4 warps spill while they rotate q"),
+    },
+    "rope_attention_rotate": {arch: Row({"BLOCK_N": 16}, 4, 1, _ROWS) for arch in ARCHITECTURES},
+    "rope_attention.fp32": {arch: _tiles(64, 16, 4, 1, _SLOW) for arch in ARCHITECTURES},
+}
