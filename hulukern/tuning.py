@@ -40,6 +40,12 @@ def _tiles(q: int, k: int, warps: int, stages: int, why: str) -> Row:
     return Row({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages, why)
 
 
+def _everywhere(blocks: Mapping[str, int], warps: int, why: str) -> dict[int, Row]:
+    return {arch: Row(blocks, warps, 1, why) for arch in ARCHITECTURES}
+
+
+_STREAM = "16 elements a thread: two 16-byte loads in flight, 8 programs a multiprocessor"
+_SUMS = "one program a multiprocessor, wide enough to keep the memory busy"
 _WGMMA = "two warpgroups of 64 rows; logits of 64 keys beside the output fit in registers without spills"
 _MMA = "logits and output of 16 rows a warp fit in registers; 3 stages fit in 100 KiB"
 _SLOW = "three tf32 products each: the largest tile without spills"
@@ -61,4 +67,12 @@ TABLE: dict[str, dict[int, Row]] = {
     },
     "rope_attention_rotate": {arch: Row({"BLOCK_N": 16}, 4, 1, _ROWS) for arch in ARCHITECTURES},
     "rope_attention.fp32": {arch: _tiles(64, 16, 4, 1, _SLOW) for arch in ARCHITECTURES},
+    # Memory-bound: elements a program holds at once, and programs that take turns at the rows. Backwards leave one
+    # row of fp32 sums a program, so few programs: 132 leave 3 % of the bytes at 8192 rows.
+    "layer_norm": _everywhere({"TILE": 2048, "PROGRAMS": 1056}, 4, _STREAM),
+    "layer_norm_backward": _everywhere({"TILE": 4096, "PROGRAMS": 132}, 8, _SUMS),
+    "bias_gelu": _everywhere({"TILE": 4096, "PROGRAMS": 1056}, 4, _STREAM),
+    "bias_gelu_backward": _everywhere({"TILE": 2048, "PROGRAMS": 1056}, 4, _STREAM),
+    "spatial_merge": _everywhere({"PROGRAMS": 1056}, 4, _STREAM),
+    "spatial_merge_backward": _everywhere({"PROGRAMS": 132}, 8, _SUMS),
 }
