@@ -50,6 +50,7 @@ _WGMMA = "two warpgroups of 64 rows; logits of 64 keys beside the output fit in 
 _MMA = "logits and output of 16 rows a warp fit in registers; 3 stages fit in 100 KiB"
 _SLOW = "three tf32 products each: the largest tile without spills"
 _SMALL = "99 KiB and no wgmma: three blocks of 4 warps a multiprocessor"
+_GRADS = "the largest tiles whose sums and two logit tiles fit in registers without spills"
 _ROWS = "16 rows: 256 programs at 4096 rows, whose angles stay in registers over the heads"
 
 TABLE: dict[str, dict[int, Row]] = {
@@ -65,6 +66,12 @@ TABLE: dict[str, dict[int, Row]] = {
         100: _tiles(128, 64, 8, 3, _WGMMA),
         120: _tiles(64, 32, 8, 2, "4 warps spill while they rotate q"),
     },
+    "rope_attention_dq": {arch: _tiles(64, 64, 4, 2, _GRADS) for arch in ARCHITECTURES},
+    "rope_attention_dq.d128": {arch: _tiles(64, 64, 4, 2, _GRADS) for arch in ARCHITECTURES},
+    "rope_attention_dq.fp32": {arch: _tiles(64, 16, 4, 1, _SLOW) for arch in ARCHITECTURES},
+    "rope_attention_dkdv": {arch: _tiles(64, 64, 4, 2, _GRADS) for arch in ARCHITECTURES},
+    "rope_attention_dkdv.d128": {arch: _tiles(64, 64, 4, 2, _GRADS) for arch in ARCHITECTURES},
+    "rope_attention_dkdv.fp32": {arch: _tiles(16, 64, 4, 1, _SLOW) for arch in ARCHITECTURES},
     "rope_attention_rotate": {arch: Row({"BLOCK_N": 16}, 4, 1, _ROWS) for arch in ARCHITECTURES},
     "rope_attention.fp32": {arch: _tiles(64, 16, 4, 1, _SLOW) for arch in ARCHITECTURES},
     # Memory-bound: elements a program holds at once, and programs that take turns at the rows. Backwards leave one
@@ -73,6 +80,6 @@ TABLE: dict[str, dict[int, Row]] = {
     "layer_norm_backward": _everywhere({"TILE": 4096, "PROGRAMS": 132}, 8, _SUMS),
     "bias_gelu": _everywhere({"TILE": 4096, "PROGRAMS": 1056}, 4, _STREAM),
     "bias_gelu_backward": _everywhere({"TILE": 2048, "PROGRAMS": 1056}, 4, _STREAM),
-    "spatial_merge": _everywhere({"PROGRAMS": 1056}, 4, _STREAM),
-    "spatial_merge_backward": _everywhere({"PROGRAMS": 132}, 8, _SUMS),
+    "spatial_merge": _everywhere({"TILE": 1, "PROGRAMS": 1056}, 4, _STREAM),
+    "spatial_merge_backward": _everywhere({"TILE": 1, "PROGRAMS": 132}, 8, _SUMS),
 }

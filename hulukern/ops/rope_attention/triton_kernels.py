@@ -31,7 +31,7 @@ from hulukern.ops.rope_attention.triton_rotary import (
     rotated,
     rotated_rows,
 )
-from hulukern.ops.triton_common import architecture, sequence_of_tile, taken_strides, unit_of
+from hulukern.ops.triton_common import architecture, rounded, sequence_of_tile, taken_strides, unit_of
 from hulukern.tuning import row
 
 # fp32 products as three of tf32: fp32's precision on tensor units. FFMA (ieee) spills at every tile size.
@@ -48,7 +48,7 @@ def split_of(D: int, arch: int) -> dict[str, int]:
 
 
 @triton.jit
-def _keys(
+def keys(
     p_k,  # the tile's first rotated row
     m_key,  # [K]
     FIRST: tl.constexpr,
@@ -63,7 +63,7 @@ def _keys(
 
 
 @triton.jit
-def _columns(
+def columns(
     p_x,  # the tile's first row of one head
     m_row,  # [B]
     stride,  # in elements
@@ -83,7 +83,7 @@ def _columns(
 
 
 @triton.jit
-def _logits(q_a, q_b, q_t, k_a, k_b, k_t, P: tl.constexpr, PRECISION: tl.constexpr):
+def logits(q_a, q_b, q_t, k_a, k_b, k_t, P: tl.constexpr, PRECISION: tl.constexpr):
     """[Q, K] or its transpose, by the order of the operands."""
     s = tl.dot(q_a, tl.trans(k_a), input_precision=PRECISION)
     s = tl.dot(q_b, tl.trans(k_b), s, input_precision=PRECISION)
@@ -118,21 +118,21 @@ def _attend(
     """One tile of keys."""
     ROW: tl.constexpr = 2 * W + 2 * P
     m_key = tl.arange(0, BLOCK_K) < n_keys
-    k_a = _keys(p_k, m_key, 0, W, ROW, BLOCK_K, MASKED)
-    k_b = _keys(p_k, m_key, W, W, ROW, BLOCK_K, MASKED)
-    k_t = _keys(p_k, m_key, 2 * W, 2 * P, ROW, BLOCK_K, MASKED) if P else k_a
-    s = _logits(q_a, q_b, q_t, k_a, k_b, k_t, P, PRECISION)
+    k_a = keys(p_k, m_key, 0, W, ROW, BLOCK_K, MASKED)
+    k_b = keys(p_k, m_key, W, W, ROW, BLOCK_K, MASKED)
+    k_t = keys(p_k, m_key, 2 * W, 2 * P, ROW, BLOCK_K, MASKED) if P else k_a
+    s = logits(q_a, q_b, q_t, k_a, k_b, k_t, P, PRECISION)
     if MASKED:
         s = tl.where(m_key[None, :], s, -float("inf"))
     new_max = tl.maximum(b_max, tl.max(s, 1) * scale_log2)
     p = tl.exp2(s * scale_log2 - new_max[:, None])
     shrink = tl.exp2(b_max - new_max)
     b_sum = b_sum * shrink + tl.sum(p, 1)
-    v = _columns(p_v, m_key, stride_v, 0, MAIN, MAIN, BLOCK_K, MASKED)
-    p = p.to(v.dtype)
+    v = columns(p_v, m_key, stride_v, 0, MAIN, MAIN, BLOCK_K, MASKED)
+    p = rounded(p, v.dtype)
     acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
     if TAIL:
-        v_tail = _columns(p_v, m_key, stride_v, MAIN, TAIL, TAIL_REAL, BLOCK_K, MASKED)
+        v_tail = columns(p_v, m_key, stride_v, MAIN, TAIL, TAIL_REAL, BLOCK_K, MASKED)
         acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION)
     return acc, acc_tail, new_max, b_sum
 
@@ -185,13 +185,13 @@ def rope_attention_kernel(
     p_q = q + (b_row[:, None] * stride_q + i_head * stride_q_head) * UNIT_Q
     sine, cosine = angles(positions_q, b_row, m_row, log2_theta, 0, W, SECTIONS)
     b_a, b_b = rotated(p_q, m_row[:, None], sine, cosine, 0, W, W, HALF)
-    q_a = b_a.to(q.dtype.element_ty)
-    q_b = b_b.to(q.dtype.element_ty)
+    q_a = rounded(b_a, q.dtype.element_ty)
+    q_b = rounded(b_b, q.dtype.element_ty)
     q_t = q_a
     if P:
         sine, cosine = angles(positions_q, b_row, m_row, log2_theta, W, P, SECTIONS)
         b_a, b_b = rotated(p_q, m_row[:, None], sine, cosine, W, P, REST, HALF)
-        q_t = packed(b_a, b_b).to(q.dtype.element_ty)
+        q_t = rounded(packed(b_a, b_b), q.dtype.element_ty)
 
     p_k = k + (i_head * Nk + key_begin) * (2 * W + 2 * P)
     p_v = v + (key_begin * stride_v + i_head * stride_v_head) * UNIT_V
@@ -217,23 +217,23 @@ def rope_attention_kernel(
     inverse = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)[:, None]
     p_out = out + (b_row[:, None] * A + i_head) * (2 * HALF)
     m_row = m_row[:, None]
-    tl.store(p_out + tl.arange(0, MAIN)[None, :], (acc * inverse).to(out.dtype.element_ty), mask=m_row)
+    tl.store(p_out + tl.arange(0, MAIN)[None, :], rounded(acc * inverse, out.dtype.element_ty), mask=m_row)
     if TAIL:
         b_col = tl.arange(0, TAIL)[None, :]
-        b_tail = (acc_tail * inverse).to(out.dtype.element_ty)
+        b_tail = rounded(acc_tail * inverse, out.dtype.element_ty)
         tl.store(p_out + MAIN + b_col, b_tail, mask=m_row & (b_col < TAIL_REAL))
     b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     tl.store(lse + i_head * Nq + b_row, b_lse, mask=b_row < row_end)
 
 
-def _named(kernel: str, x: torch.Tensor) -> str:
+def tuned_as(kernel: str, x: torch.Tensor) -> str:
     """The tuning table's name for it: fp32 and wide heads have rows of their own."""
     if x.dtype == torch.float32:
         return f"{kernel}.fp32"
     return f"{kernel}.d128" if x.shape[2] == 128 else kernel
 
 
-def _inner_dense(x: torch.Tensor) -> torch.Tensor:
+def inner_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -251,7 +251,7 @@ def rope_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # out [Nq, A, D], log-sum-exp [A, Nq] f32
     Nq, A, D = q.shape
     check_head_dim("rope_attention", "q", D)
-    q, k, v = (_inner_dense(x) for x in (q, k, v))
+    q, k, v = (inner_dense(x) for x in (q, k, v))
     out = torch.empty((Nq, A, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((A, Nq), dtype=torch.float32, device=q.device)
     n_sequences = cu_seqlens_q.shape[0] - 1
@@ -261,7 +261,7 @@ def rope_attention(
     strides_q, strides_v = taken_strides(q, (0, 1)), taken_strides(v, (0, 1))
     unit_q, unit_v = unit_of(q, *strides_q), unit_of(v, *strides_v)
     arch = architecture(q.device)
-    chosen = row(_named("rope_attention", q), arch)
+    chosen = row(tuned_as("rope_attention", q), arch)
     with torch.cuda.device_of(q):
         rope_attention_kernel[(Nq // chosen.blocks["BLOCK_Q"] + n_sequences, A)](
             q,
@@ -299,7 +299,7 @@ def rope_attention_rotate(
     inverse: bool,
 ) -> torch.Tensor:  # [N, A, D]
     check_head_dim("rope_attention_rotate", "x", x.shape[2])
-    x = _inner_dense(x)
+    x = inner_dense(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch_rotate(x, out, positions.contiguous(), sections, theta, -1.0 if inverse else 1.0, False)
     return out

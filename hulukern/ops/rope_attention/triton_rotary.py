@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hulukern.ops.triton_common import PROGRAMS, architecture, sincos, taken_strides, unit_of
+from hulukern.ops.triton_common import PROGRAMS, architecture, rounded, sincos, taken_strides, unit_of
 from hulukern.tuning import row
 from hulukern.validation import fail
 
@@ -123,8 +123,8 @@ def store_pairs(
     """First and partner columns to their places in a plain row."""
     b_col = tl.arange(0, b_a.shape[1])[None, :]
     m = m_row & (b_col < REAL) if b_a.shape[1] > REAL else m_row
-    tl.store(p_out + FIRST + b_col, b_a.to(p_out.dtype.element_ty), mask=m)
-    tl.store(p_out + HALF + FIRST + b_col, b_b.to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_out + FIRST + b_col, rounded(b_a, p_out.dtype.element_ty), mask=m)
+    tl.store(p_out + HALF + FIRST + b_col, rounded(b_b, p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["N", "A", "heads"])
@@ -163,15 +163,15 @@ def rope_attention_rotate_kernel(
         if ROTATED_ROWS:
             p_out = out + (i_head * N + b_row) * (2 * W + 2 * P)
             b_col = tl.arange(0, W)[None, :]
-            tl.store(p_out + b_col, b_a.to(out.dtype.element_ty), mask=m_row)
-            tl.store(p_out + W + b_col, b_b.to(out.dtype.element_ty), mask=m_row)
+            tl.store(p_out + b_col, rounded(b_a, out.dtype.element_ty), mask=m_row)
+            tl.store(p_out + W + b_col, rounded(b_b, out.dtype.element_ty), mask=m_row)
         else:
             p_out = out + (b_row * A + i_head) * (2 * HALF)
             store_pairs(p_out, m_row, b_a, b_b, 0, W, HALF)
         if P:
             b_a, b_b = rotated(p_x, m_row, sine_t * sign, cosine_t, W, P, REST, HALF)
             if ROTATED_ROWS:
-                b_t = packed(b_a, b_b).to(out.dtype.element_ty)
+                b_t = rounded(packed(b_a, b_b), out.dtype.element_ty)
                 tl.store(p_out + 2 * W + tl.arange(0, 2 * P)[None, :], b_t, mask=m_row)
             else:
                 store_pairs(p_out, m_row, b_a, b_b, W, REST, HALF)
