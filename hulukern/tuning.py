@@ -80,6 +80,7 @@ TABLE: dict[str, dict[int, Row]] = {
     "layer_norm_backward": _everywhere({"TILE": 4096, "PROGRAMS": 132}, 8, _SUMS),
     "bias_gelu": _everywhere({"TILE": 4096, "PROGRAMS": 1056}, 4, _STREAM),
     "bias_gelu_backward": _everywhere({"TILE": 2048, "PROGRAMS": 1056}, 4, _STREAM),
+    "token_compact_rows": _everywhere({"TILE_BYTES": 8192}, 4, "four 16-byte accesses a thread"),
     "spatial_merge": _everywhere({"TILE": 1, "PROGRAMS": 1056}, 4, _STREAM),
     "spatial_merge_backward": _everywhere({"TILE": 1, "PROGRAMS": 132}, 8, _SUMS),
 }
