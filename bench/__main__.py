@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   python -m bench quick --input scan.nii.gz      your own DICOM, NIfTI, video, image or folder of images too
   python -m bench quick --seconds 10 --out /tmp/b
   python -m bench device --help                  on a machine with a GPU
+  python -m bench static --help                  registers, spills and tensor instructions, without a GPU
 
 exit codes: 0 done, 1 implementations disagree, 2 bad input or arguments
 """
@@ -22,6 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import device
 
         return device.main(arguments[1:])
+    if arguments[:1] == ["static"]:
+        from bench import static
+
+        return static.main(arguments[1:])
     parser = argparse.ArgumentParser(
         "python -m bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     quick.add_argument("--max-frames", type=int, default=64, help="of one input, evenly chosen (default: 64)")
     quick.add_argument("--picture", type=Path, metavar="PNG", help="also write one contact sheet")
     commands.add_parser("device", help="everything that needs a GPU", add_help=False)
+    commands.add_parser("static", help="what the compilers make of the kernels, without a GPU", add_help=False)
     options = parser.parse_args(arguments)
     if not options.seconds > 0 or options.max_frames < 1:
         print("bench: --seconds and --max-frames have values not above 0, expected above 0", file=sys.stderr)

@@ -41,6 +41,12 @@ MORE: dict[str, tuple[tuple[Case, torch.dtype | None], ...]] = {
 }
 
 
+# What may spill, and why.
+MAY_SPILL = {
+    ("rope_attention_backward", "float32"): "fp32 operands on FFMA do not fit; training runs in 16 bit",
+}
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A kernel as one call launches it. ``constants`` are its constexprs by name."""
@@ -53,6 +59,8 @@ class Compiled:
     warps: int
     stages: int
     shared_bytes: int
+    products: int  # matrix products in Triton's own last form
+    product_work: int  # their multiply-adds
     constants: dict[str, Any]
 
 
@@ -118,9 +126,15 @@ def _described(kernel: Any, op: Op, case: Case, dtype: torch.dtype, file: str) -
     names, meta = kernel.src.fn.arg_names, kernel.metadata
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     plain = {name: value for name, value in constants.items() if isinstance(value, int | float | str | bool)}
-    return Compiled(
-        op.name, case.name, dtype_name(dtype), meta.name, file, meta.num_warps, meta.num_stages, meta.shared, plain
+    shapes = re.findall(
+        r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .*?(?:tensor|memdesc)<(\d+)x(\d+)x.*?(?:tensor|memdesc)<\d+x(\d+)x",
+        kernel.asm["ttgir"],
     )
+    work = sum(int(m) * int(k) * int(n) for m, k, n in shapes)
+    return Compiled(
+        op.name, case.name, dtype_name(dtype), meta.name, file, meta.num_warps, meta.num_stages, meta.shared,
+        len(shapes), work, plain,
+    )  # fmt: skip
 
 
 def compile_in_subprocess(architecture: int, folder: Path, ops: Sequence[str] = ()) -> list[Compiled]:
@@ -158,6 +172,21 @@ class MachineCode:
     stores: dict[int, int]
     tensor: dict[str, int]  # tensor instruction with its shape -> how many
 
+    def tensor_work(self, compiled: Compiled) -> int:
+        """Multiply-adds of a program's tensor instructions, each counted once. UTCHMMA keeps its shape in a
+        register, so there Triton's own form is counted."""
+        total = 0
+        for name, count in self.tensor.items():
+            parts = name.split(".")
+            if parts[0] == "UTCHMMA":
+                return compiled.product_work
+            if parts[0] == "HGMMA":
+                m, n, k = (int(size) for size in parts[1].split("x"))
+                total += count * m * n * k * compiled.warps // 4
+            else:
+                total += count * 16 * 8 * {"16816": 16, "1688": 8, "1684": 4}[parts[1]] * compiled.warps
+        return total
+
 
 def read_machine_code(cubin: Path) -> MachineCode:
     cuobjdump = str(tool("cuobjdump"))
@@ -168,7 +197,7 @@ def read_machine_code(cubin: Path) -> MachineCode:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None or "EXIT" not in sass:
         raise RuntimeError(f"{cubin.name}: no machine code")
-    instructions = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)(.*)", sass)
+    instructions = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Za-z0-9_.]*)(.*)", sass)
     loads: dict[int, int] = {}
     stores: dict[int, int] = {}
     tensor: dict[str, int] = {}

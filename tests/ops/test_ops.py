@@ -123,7 +123,11 @@ def test_wrong_dtype_shape_and_device_name_the_argument(op: Op, tensor) -> None:
             harness.call(op, changed(lambda x: x.to("meta")), "cpu")
 
 
-def test_backend_that_is_absent_raises_with_the_reason() -> None:
+def test_backend_that_is_absent_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = hulukern.OPS["patch_embed_cut"]
+    monkeypatch.delitem(registered.spec.backends, "triton")
+    monkeypatch.setattr(registered, "implementations", {})
+    monkeypatch.setattr(registered, "_resolved", {})
     frames = torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
     with pytest.raises(BackendUnavailable, match="patch_embed_cut: backend 'triton' cannot run: "):
         hulukern.patch_embed_cut(frames, backend="triton")

@@ -19,7 +19,6 @@ import triton.language as tl
 
 from hulukern.ops.rope_attention.triton_kernels import (
     LOG2_E,
-    PRECISION,
     columns,
     inner_dense,
     keys,
@@ -39,6 +38,9 @@ from hulukern.ops.rope_attention.triton_rotary import (
 )
 from hulukern.ops.triton_common import architecture, rounded, sequence_of_tile, taken_strides, unit_of
 from hulukern.tuning import row
+
+# fp32 on FFMA: three tf32 products keep two halves of q, k, v and grad in registers, which are too few for it.
+PRECISION = "ieee"
 
 
 @triton.jit
