@@ -73,6 +73,7 @@ class Op:
     implementations; tolerance is derived from its error. None where results are exact.
     exact: whether a call's results must equal the reference bit for bit.
     differentiable: the arguments with a gradient.
+    uninterpreted: dtypes that Triton's interpreter computes wrongly for this op's kernels, with the reason.
     backends: what implements it, as ``module:function`` inside the op's package, or a reason.
     """
 
@@ -89,6 +90,7 @@ class Op:
     exact: Callable[[Arguments], bool]
     backends: Mapping[str, str]
     absent: Mapping[str, str] = field(default_factory=dict)
+    uninterpreted: Mapping[torch.dtype, str] = field(default_factory=dict)
     plain: Callable[..., Any] | None = None
     differentiable: tuple[str, ...] = ()
     check: Callable[[Arguments, dict[str, int]], None] | None = None

@@ -15,6 +15,8 @@ GridTHW = torch.Tensor | Sequence[Sequence[int]]
 
 PIXELS = (torch.uint8,)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Of ops whose Triton kernels multiply tiles.
+DOT_UNINTERPRETED = {torch.bfloat16: "Triton's interpreter computes a bfloat16 tl.dot wrongly"}
 
 
 def flat_grid_thw(op: str, grid_thw: GridTHW) -> list[int]:

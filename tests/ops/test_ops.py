@@ -15,6 +15,7 @@ from hulukern.testing import harness
 from hulukern.testing.buffers import LAYOUTS
 
 DEVICE = os.environ.get("HULUKERN_DEVICE", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SPECS = [registered.spec for registered in hulukern.OPS.values()]
 
 
@@ -32,9 +33,11 @@ def grid(*, layouts: tuple[str, ...] = ("contiguous",), grads: bool = False) -> 
                 for dtype in op.dtypes:
                     if grads and not harness.differentiable(op, harness.sample(op, case, dtype, "cpu")):
                         continue
+                    reason = op.uninterpreted.get(dtype) if backend == "triton" and INTERPRETED else None
+                    marks = [pytest.mark.skip(reason=f"{op.name}: {reason}")] if reason else []
                     for layout in layouts:
                         name = "-".join([op.name, backend, case.name, str(dtype).removeprefix("torch."), layout])
-                        found.append(pytest.param(op, backend, case, dtype, layout, id=name))
+                        found.append(pytest.param(op, backend, case, dtype, layout, id=name, marks=marks))
     return found
 
 
@@ -123,7 +126,11 @@ def test_wrong_dtype_shape_and_device_name_the_argument(op: Op, tensor) -> None:
             harness.call(op, changed(lambda x: x.to("meta")), "cpu")
 
 
-def test_backend_that_is_absent_raises_with_the_reason() -> None:
+def test_backend_that_is_absent_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = hulukern.OPS["patch_embed_cut"]
+    monkeypatch.delitem(registered.spec.backends, "triton")
+    monkeypatch.setattr(registered, "implementations", {})
+    monkeypatch.setattr(registered, "_resolved", {})
     frames = torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
     with pytest.raises(BackendUnavailable, match="patch_embed_cut: backend 'triton' cannot run: "):
         hulukern.patch_embed_cut(frames, backend="triton")

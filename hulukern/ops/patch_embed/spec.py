@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hulukern.ops.common import FLOATS, check_frames, check_same_dtype
+from hulukern.ops.common import DOT_UNINTERPRETED, FLOATS, check_frames, check_same_dtype
 from hulukern.ops.patch_embed import reference
 from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
 from hulukern.validation import fail
@@ -262,7 +262,11 @@ PATCH_EMBED_CUT = Op(
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
-    backends={"reference": "reference:patch_embed_cut", "cpu": "native:patch_embed_cut"},
+    backends={
+        "reference": "reference:patch_embed_cut",
+        "cpu": "native:patch_embed_cut",
+        "triton": "triton_kernels:patch_embed_cut",
+    },
     check=_check_cut,
     bad_calls=(
         *_NORM_BAD,
@@ -293,7 +297,11 @@ PATCH_EMBED_NORMALIZE = Op(
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
-    backends={"reference": "reference:patch_embed_normalize", "cpu": "native:patch_embed_normalize"},
+    backends={
+        "reference": "reference:patch_embed_normalize",
+        "cpu": "native:patch_embed_normalize",
+        "triton": "triton_kernels:patch_embed_normalize",
+    },
     check=_check_normalize,
     bad_calls=(
         *_NORM_BAD,
@@ -342,7 +350,12 @@ PATCH_EMBED = Op(
     exact=lambda a: False,
     plain=_plain_embed,
     differentiable=("patches", "weight", "bias"),
-    backends={"reference": "reference:patch_embed", "cpu": "native:patch_embed"},
+    backends={
+        "reference": "reference:patch_embed",
+        "cpu": "native:patch_embed",
+        "triton": "triton_kernels:patch_embed",
+    },
+    uninterpreted=DOT_UNINTERPRETED,
     check=_check_embed,
     bad_calls=(*_NORM_BAD, *_WEIGHT_BAD),
 )
@@ -388,7 +401,12 @@ PATCH_EMBED_FRAMES = Op(
     exact=lambda a: False,
     plain=_plain_frames,
     differentiable=("weight", "bias"),
-    backends={"reference": "reference:patch_embed_frames", "cpu": "native:patch_embed_frames"},
+    backends={
+        "reference": "reference:patch_embed_frames",
+        "cpu": "native:patch_embed_frames",
+        "triton": "triton_kernels:patch_embed_frames",
+    },
+    uninterpreted=DOT_UNINTERPRETED,
     check=_check_embed_frames,
     bad_calls=(*_NORM_BAD, *_FRAMES_BAD, *_WEIGHT_BAD),
 )

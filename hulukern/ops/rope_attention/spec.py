@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hulukern.ops.common import FLOATS, check_same_dtype
+from hulukern.ops.common import DOT_UNINTERPRETED, FLOATS, check_same_dtype
 from hulukern.ops.rope_attention.reference import _sequences, rope_attention_rotate
 from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
 from hulukern.validation import fail
@@ -193,7 +193,12 @@ ROPE_ATTENTION = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("q", "k", "v"),
-    backends={"reference": "reference:rope_attention", "cpu": "native:rope_attention"},
+    backends={
+        "reference": "reference:rope_attention",
+        "cpu": "native:rope_attention",
+        "triton": "triton_kernels:rope_attention",
+    },
+    uninterpreted=DOT_UNINTERPRETED,
     check=lambda a, letters: _check_attention("rope_attention", a, letters),
     bad_calls=_BAD,
 )
@@ -220,7 +225,12 @@ ROPE_ATTENTION_BACKWARD = Op(
     reduction=lambda a: int(a["q"].shape[2]) + int(a["k"].shape[0]) + int(a["q"].shape[0]),
     exact=lambda a: False,
     plain=_plain_backward,
-    backends={"reference": "reference:rope_attention_backward", "cpu": "native:rope_attention_backward"},
+    backends={
+        "reference": "reference:rope_attention_backward",
+        "cpu": "native:rope_attention_backward",
+        "triton": "triton_backward:rope_attention_backward",
+    },
+    uninterpreted=DOT_UNINTERPRETED,
     check=lambda a, letters: _check_attention("rope_attention_backward", a, letters),
     bad_calls=(
         *_BAD,
@@ -252,7 +262,11 @@ ROPE_ATTENTION_ROTATE = Op(
     exact=lambda a: False,
     plain=rope_attention_rotate,
     differentiable=("x",),
-    backends={"reference": "reference:rope_attention_rotate", "cpu": "native:rope_attention_rotate"},
+    backends={
+        "reference": "reference:rope_attention_rotate",
+        "cpu": "native:rope_attention_rotate",
+        "triton": "triton_kernels:rope_attention_rotate",
+    },
     check=lambda a, letters: _check_sections("rope_attention_rotate", a, letters),
     bad_calls=(
         BadCall("sections_sum", lambda a: {**a, "sections": [18, 17]}, ValueError, ("sections", "D/2 = 36")),

@@ -129,7 +129,11 @@ TOKEN_COMPACT = Op(
     reduction=lambda a: 1,
     exact=lambda a: True,
     differentiable=("tensors",),
-    backends={"reference": "reference:token_compact", "cpu": "native:token_compact"},
+    backends={
+        "reference": "reference:token_compact",
+        "cpu": "native:token_compact",
+        "triton": "triton_kernels:token_compact",
+    },
     check=_check,
     bad_calls=(
         BadCall(
@@ -175,7 +179,11 @@ TOKEN_COMPACT_BACKWARD = Op(
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
-    backends={"reference": "reference:token_compact_backward", "cpu": "native:token_compact_backward"},
+    backends={
+        "reference": "reference:token_compact_backward",
+        "cpu": "native:token_compact_backward",
+        "triton": "triton_kernels:token_compact_backward",
+    },
     check=_check_backward,
     bad_calls=(
         BadCall("index_short", lambda a: {**a, "index": a["index"][1:]}, ValueError, ("index", "B=")),

@@ -1,0 +1,231 @@
+"""Compiles every Triton kernel without a GPU: each op's own launch code runs on CPU tensors against a stand-in
+driver that names an architecture, so what is compiled is what a launch there would compile.
+
+The interpreter and the compiler exclude each other within a process, hence one process per architecture:
+``python -m hulukern.testing.offline ARCH FOLDER [OP ...]`` leaves machine code and ``kernels.json``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import hulukern
+from hulukern.spec import Case, Op
+from hulukern.tuning import ARCHITECTURES
+from hulukern.validation import dtype_name
+
+# Beside an op's first case: what compiles to other code. A dtype limits the case to it.
+MORE: dict[str, tuple[tuple[Case, torch.dtype | None], ...]] = {
+    "token_score": (
+        (Case("kept", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 2, "reference": "kept"}), None),
+        (Case("large", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 8, "reference": "kept"}), None),
+    ),
+    "token_score_frames": (
+        (Case("kept", {"THWC": (4, 56, 56, 3), "patch_size": 14, "merge_size": 2, "reference": "kept"}), None),
+        (Case("large", {"THWC": (4, 144, 144, 3), "patch_size": 24, "merge_size": 6}), None),
+    ),
+    "rope_attention": ((Case("d128", {"lengths": (300,), "A": 2, "D": 128}), torch.bfloat16),),
+    "rope_attention_backward": ((Case("d128", {"lengths": (300,), "A": 2, "D": 128}), torch.bfloat16),),
+}
+
+
+# What may spill, and why.
+MAY_SPILL = {
+    ("rope_attention_backward", "float32"): "fp32 operands on FFMA do not fit; training runs in 16 bit",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as one call launches it. ``constants`` are its constexprs by name."""
+
+    op: str
+    case: str
+    dtype: str
+    kernel: str
+    file: str
+    warps: int
+    stages: int
+    shared_bytes: int
+    products: int  # matrix products in Triton's own last form
+    product_work: int  # their multiply-adds
+    constants: dict[str, Any]
+
+
+class OfflineDriver:
+    """What Triton asks of a device in order to compile for it."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def cases(op: Op) -> Iterator[tuple[Case, torch.dtype]]:
+    for case, only in ((op.cases[0], None), *MORE.get(op.name, ())):
+        for dtype in op.dtypes:
+            if only in (None, dtype):
+                yield case, dtype
+
+
+def compile_all(architecture: int, folder: Path, ops: Sequence[str] = ()) -> None:
+    """Leave <op>.<case>.<dtype>.<n>.cubin for every kernel that the calls would launch, and kernels.json."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    folder.mkdir(parents=True, exist_ok=True)
+    triton.runtime.driver.set_active(OfflineDriver(architecture))
+    launched: list[Any] = []
+    real_run = JITFunction.run
+
+    def run(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(real_run(self, *args, **{**options, "warmup": True}))
+
+    found: list[Compiled] = []
+    with mock.patch.object(JITFunction, "run", run), mock.patch("hulukern.backends.unavailable", return_value=""):
+        for name, registered in hulukern.OPS.items():
+            op = registered.spec
+            if "triton" not in op.backends or (ops and name not in ops):
+                continue
+            module, _, attribute = op.backends["triton"].partition(":")
+            function = getattr(importlib.import_module(f"{registered.package}.{module}"), attribute)
+            for case, dtype in cases(op):
+                arguments = op.sample(case, dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
+                launched.clear()
+                function(*(arguments[a] for a in op.argument_names))
+                for n, kernel in enumerate(dict.fromkeys(launched)):
+                    file = f"{name}.{case.name}.{dtype_name(dtype)}.{n}.cubin"
+                    (folder / file).write_bytes(kernel.asm["cubin"])
+                    found.append(_described(kernel, op, case, dtype, file))
+    text = json.dumps([asdict(c) for c in found], indent=1)
+    (folder / "kernels.json").write_text(text + "\n")
+
+
+def _described(kernel: Any, op: Op, case: Case, dtype: torch.dtype, file: str) -> Compiled:
+    names, meta = kernel.src.fn.arg_names, kernel.metadata
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+    plain = {name: value for name, value in constants.items() if isinstance(value, int | float | str | bool)}
+    shapes = re.findall(
+        r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .*?(?:tensor|memdesc)<(\d+)x(\d+)x.*?(?:tensor|memdesc)<\d+x(\d+)x",
+        kernel.asm["ttgir"],
+    )
+    work = sum(int(m) * int(k) * int(n) for m, k, n in shapes)
+    return Compiled(
+        op.name, case.name, dtype_name(dtype), meta.name, file, meta.num_warps, meta.num_stages, meta.shared,
+        len(shapes), work, plain,
+    )  # fmt: skip
+
+
+def compile_in_subprocess(architecture: int, folder: Path, ops: Sequence[str] = ()) -> list[Compiled]:
+    """What a fresh process without the interpreter compiles; RuntimeError with its words if it fails."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(hulukern.__file__).parents[1]), *sys.path[1:]])
+    environment.setdefault("TRITON_CACHE_DIR", str(folder / "cache"))
+    command = [sys.executable, "-m", "hulukern.testing.offline", str(architecture), str(folder), *ops]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"sm_{architecture}: {run.stderr[-4000:]}")
+    return [Compiled(**entry) for entry in json.loads((folder / "kernels.json").read_text())]
+
+
+def tool(name: str) -> Path | None:
+    """A CUDA binary tool of the triton wheel, if it ships it."""
+    import triton.backends.nvidia as nvidia
+
+    path = Path(nvidia.__path__[0]) / "bin" / name
+    return path if path.exists() else None
+
+
+# --- machine code -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What cuobjdump says of one kernel."""
+
+    registers: int
+    stack_bytes: int
+    local_accesses: int  # loads and stores of local memory: spills, and arrays that left the registers
+    code_bytes: int
+    loads: dict[int, int]  # bits -> global loads and asynchronous copies of that width
+    stores: dict[int, int]
+    tensor: dict[str, int]  # tensor instruction with its shape -> how many
+
+    def tensor_work(self, compiled: Compiled) -> int:
+        """Multiply-adds of a program's tensor instructions, each counted once. UTCHMMA keeps its shape in a
+        register, so there Triton's own form is counted."""
+        total = 0
+        for name, count in self.tensor.items():
+            parts = name.split(".")
+            if parts[0] == "UTCHMMA":
+                return compiled.product_work
+            if parts[0] == "HGMMA":
+                m, n, k = (int(size) for size in parts[1].split("x"))
+                total += count * m * n * k * compiled.warps // 4
+            else:
+                total += count * 16 * 8 * {"16816": 16, "1688": 8, "1684": 4}[parts[1]] * compiled.warps
+        return total
+
+
+def read_machine_code(cubin: Path) -> MachineCode:
+    cuobjdump = str(tool("cuobjdump"))
+    usage, sass = (
+        subprocess.run([cuobjdump, option, str(cubin)], capture_output=True, text=True, check=True).stdout
+        for option in ("-res-usage", "-sass")
+    )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None or "EXIT" not in sass:
+        raise RuntimeError(f"{cubin.name}: no machine code")
+    instructions = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Za-z0-9_.]*)(.*)", sass)
+    loads: dict[int, int] = {}
+    stores: dict[int, int] = {}
+    tensor: dict[str, int] = {}
+    local = 0
+    for _, name, _ in instructions:
+        kind = name.split(".")[0]
+        if kind in ("LDG", "LDGSTS"):
+            _count(loads, _bits(name))
+        elif kind == "STG":
+            _count(stores, _bits(name))
+        elif kind in ("LDL", "STL"):
+            local += 1
+        elif kind.endswith("MMA"):
+            _count(tensor, name)
+    end = int(instructions[-1][0], 16) + 16
+    return MachineCode(int(found[1]), int(found[2]), local, end, loads, stores, tensor)
+
+
+def _count(counts: dict[Any, int], key: Any) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _bits(name: str) -> int:
+    """LDG.E.128 is 128, LDG.E.U8 8, LDG.E 32."""
+    widths = [part for part in name.split(".")[1:] if re.fullmatch(r"[US]?(8|16|64|128|256)", part)]
+    return int(widths[-1].lstrip("US")) if widths else 32
+
+
+if __name__ == "__main__":
+    assert int(sys.argv[1]) in ARCHITECTURES
+    compile_all(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,118 @@
+"""Launch configurations of the Triton kernels, as data.
+
+A row per kernel and architecture. ``why`` gives the reason, or the file of the measurement that chose it.
+``HULUKERN_AUTOTUNE=1`` times the rows of all architectures at first use of a kernel and keeps the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ARCHITECTURES = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``blocks`` are the kernel's tile sizes by the name of its constexpr."""
+
+    blocks: Mapping[str, int]
+    warps: int
+    stages: int
+    why: str
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes beside its arguments."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def nearest(arch: int) -> int:
+    """The row's architecture for a device: the newest that is not newer."""
+    return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+
+
+def row(kernel: str, arch: int) -> Row:
+    return TABLE[kernel][nearest(arch)]
+
+
+def _tiles(q: int, k: int, warps: int, stages: int, why: str) -> Row:
+    return Row({"BLOCK_Q": q, "BLOCK_K": k}, warps, stages, why)
+
+
+def _everywhere(blocks: Mapping[str, int], warps: int, why: str) -> dict[int, Row]:
+    return {arch: Row(blocks, warps, 1, why) for arch in ARCHITECTURES}
+
+
+_STREAM = "16 elements a thread: two 16-byte loads in flight, 8 programs a multiprocessor"
+_SUMS = "one program a multiprocessor, wide enough to keep the memory busy"
+_WGMMA = "two warpgroups of 64 rows; logits of 64 keys beside the output fit in registers without spills"
+_MMA = "logits and output of 16 rows a warp fit in registers; 3 stages fit in 100 KiB"
+_SLOW = "three tf32 products each: the largest tile without spills"
+_SMALL = "99 KiB and no wgmma: three blocks of 4 warps a multiprocessor"
+_GRADS = "the largest tiles whose sums and two logit tiles fit in registers without spills"
+_WIDE = "FFMA with the fewest spills: none is free of them, and three tf32 products spill ten times as much"
+_ROWS = "16 rows: 256 programs at 4096 rows, whose angles stay in registers over the heads"
+
+TABLE: dict[str, dict[int, Row]] = {
+    "rope_attention": {
+        80: _tiles(128, 64, 8, 3, _MMA),
+        90: _tiles(128, 64, 8, 3, _WGMMA),
+        100: _tiles(128, 64, 8, 3, _WGMMA),
+        120: _tiles(64, 32, 4, 2, _SMALL),
+    },
+    "rope_attention.d128": {
+        80: _tiles(128, 64, 8, 3, _MMA),
+        90: _tiles(128, 64, 8, 3, _WGMMA),
+        100: _tiles(128, 64, 8, 3, _WGMMA),
+        120: _tiles(64, 32, 8, 2, "4 warps spill while they rotate q"),
+    },
+    "rope_attention_dq": {
+        80: _tiles(64, 32, 4, 2, _GRADS),
+        90: _tiles(128, 64, 8, 2, _GRADS),
+        100: _tiles(64, 64, 4, 2, _GRADS),
+        120: _tiles(64, 32, 8, 1, _GRADS),
+    },
+    "rope_attention_dq.d128": {
+        80: _tiles(32, 64, 8, 2, _GRADS),
+        90: _tiles(64, 64, 8, 2, _GRADS),
+        100: _tiles(64, 64, 8, 2, _GRADS),
+        120: _tiles(32, 64, 8, 2, _GRADS),
+    },
+    "rope_attention_dq.fp32": {arch: _tiles(16, 16, 8, 1, _WIDE) for arch in ARCHITECTURES},
+    "rope_attention_dkdv": {
+        80: _tiles(32, 128, 8, 2, _GRADS),
+        90: _tiles(64, 128, 8, 2, _GRADS),
+        100: _tiles(64, 64, 4, 2, _GRADS),
+        120: _tiles(16, 64, 4, 2, _GRADS),
+    },
+    "rope_attention_dkdv.d128": {
+        80: _tiles(64, 32, 8, 2, _GRADS),
+        90: _tiles(64, 64, 8, 2, _GRADS),
+        100: _tiles(64, 64, 8, 2, _GRADS),
+        120: _tiles(32, 32, 8, 2, _GRADS),
+    },
+    "rope_attention_dkdv.fp32": {arch: _tiles(16, 16, 8, 1, _WIDE) for arch in ARCHITECTURES},
+    "rope_attention_rotate": {arch: Row({"BLOCK_N": 16}, 4, 1, _ROWS) for arch in ARCHITECTURES},
+    "rope_attention.fp32": {arch: _tiles(64, 16, 4, 1, _SLOW) for arch in ARCHITECTURES},
+    # Memory-bound: elements a program holds at once, and programs that take turns at the rows. Backwards leave one
+    # row of fp32 sums a program, so few programs: 132 leave 3 % of the bytes at 8192 rows.
+    "layer_norm": _everywhere({"TILE": 2048, "PROGRAMS": 1056}, 4, _STREAM),
+    "layer_norm_backward": _everywhere({"TILE": 4096, "PROGRAMS": 132}, 8, _SUMS),
+    "bias_gelu": _everywhere({"TILE": 4096, "PROGRAMS": 1056}, 4, _STREAM),
+    "bias_gelu_backward": _everywhere({"TILE": 2048, "PROGRAMS": 1056}, 4, _STREAM),
+    "patch_embed": {
+        arch: Row({"BLOCK_N": 128, "BLOCK_E": 128, "BLOCK_L": 32}, 8, 3, "588 = 18 x 32 + 12; 64 sums a thread")
+        for arch in ARCHITECTURES
+    },
+    "patch_embed.fp32": {
+        arch: Row({"BLOCK_N": 64, "BLOCK_E": 64 if arch < 120 else 32, "BLOCK_L": 32}, 4, 1, _SLOW)
+        for arch in ARCHITECTURES
+    },
+    "patch_embed_cut": {
+        arch: Row({"BLOCK_N": 8, "BLOCK_L": 256}, 4, 1, "16 pixels a thread") for arch in ARCHITECTURES
+    },
+    "token_compact_rows": _everywhere({"TILE_BYTES": 8192}, 4, "four 16-byte accesses a thread"),
+    "spatial_merge": _everywhere({"TILE": 1, "PROGRAMS": 1056}, 4, _STREAM),
+    "spatial_merge_backward": _everywhere({"TILE": 1, "PROGRAMS": 132}, 8, _SUMS),
+}
