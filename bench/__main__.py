@@ -10,6 +10,7 @@ EXAMPLES = """examples:
   python -m bench quick                          the main job: bench/out/quick.json and report.html
   python -m bench quick --input scan.nii.gz      your own DICOM, NIfTI, video, image or folder of images too
   python -m bench quick --seconds 10 --out /tmp/b
+  python -m bench run --suite cpu --json cpu.json   the CPU kernels and the encoder against torch and transformers
   python -m bench device --help                  on a machine with a GPU
 
 exit codes: 0 done, 1 implementations disagree, 2 bad input or arguments
@@ -33,11 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
     quick.add_argument("--seconds", type=float, default=24.0, help="measuring time, about (default: 24)")
     quick.add_argument("--max-frames", type=int, default=64, help="of one input, evenly chosen (default: 64)")
     quick.add_argument("--picture", type=Path, metavar="PNG", help="also write one contact sheet")
+    run = commands.add_parser("run", help="a suite of checks, as JSON", formatter_class=raw)
+    run.add_argument("--suite", choices=["cpu"], required=True)
+    run.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the results go")
+    run.add_argument("--only", default="", metavar="TEXT", help="checks whose name holds this")
+    run.add_argument("--seconds", type=float, default=90.0, help="measuring time, about (default: 90)")
     commands.add_parser("device", help="everything that needs a GPU", add_help=False)
     options = parser.parse_args(arguments)
-    if not options.seconds > 0 or options.max_frames < 1:
+    if not options.seconds > 0 or getattr(options, "max_frames", 1) < 1:
         print("bench: --seconds and --max-frames have values not above 0, expected above 0", file=sys.stderr)
         return 2
+    if options.command == "run":
+        from bench import cpu
+
+        return cpu.main(options.json, options.only, options.seconds)
     return _quick(options)
 
 
