@@ -91,7 +91,10 @@ class Suite:
         lengths, dtype, target = ATTENTION[name]
         op = hulukern.OPS["rope_attention"].spec
         a = sample(op, Case(name, {"lengths": lengths, "A": 16, "D": 72}), dtype, "cpu")
-        runs = {"torch": lambda: separate_rotary_and_sdpa(a, lengths), "cpu": lambda: call(op, a, "cpu")[0]}
+        runs: dict[str, Callable[[], Any]] = {
+            "torch": lambda: separate_rotary_and_sdpa(a, lengths),
+            "cpu": lambda: call(op, a, "cpu")[0],
+        }
         _agree(name, runs["torch"](), runs["cpu"](), 0.02 if dtype == torch.bfloat16 else 1e-4)
         with torch.inference_mode():
             rounds = interleave(runs, seconds=seconds, warmups=1)
@@ -125,7 +128,7 @@ class Suite:
         grid, merges = torch.tensor([[8, 32, 32]]), torch.tensor([2])
         compiled = torch.compile(theirs)
         with torch.inference_mode():
-            runs = {
+            runs: dict[str, Callable[[], Any]] = {
                 "transformers": lambda: theirs(pixels, grid, merges).last_hidden_state,
                 "transformers compiled": lambda: compiled(pixels, grid, merges).last_hidden_state,
                 "cpu": lambda: ours(pixels, grid, [2]),
@@ -144,29 +147,32 @@ class Suite:
         def step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
             return list(torch.autograd.grad(forward(), list(model.parameters()), upstream))
 
-        runs = {
+        runs: dict[str, Callable[[], Any]] = {
             "transformers": lambda: step(theirs, lambda: theirs(pixels, grid, merges).last_hidden_state),
             "cpu": lambda: step(ours, lambda: ours(pixels, grid, [2])),
         }
         named = dict(zip((n for n, _ in theirs.named_parameters()), runs["transformers"](), strict=True))
-        for (name, _), got in zip(ours.named_parameters(), runs["cpu"](), strict=True):
-            if name.endswith("k_proj.bias"):
-                continue  # zero but for rounding: softmax does not see a common shift of the logits
-            _agree(f"train_step_bf16: {name}", named[name], got, 0.1)
+        ours.backend = "reference"
+        exact = runs["cpu"]()
+        ours.backend = "cpu"
+        for (name, _), got, expected in zip(ours.named_parameters(), runs["cpu"](), exact, strict=True):
+            _agree(f"train_step_bf16: {name}", expected, got, 0.05)
+            if "norm" not in name:  # torch adds up those of its LayerNorm in bf16: half of one is noise
+                _agree(f"train_step_bf16: {name} of transformers", named[name], got, 0.1)
         rounds = interleave(runs, seconds=seconds, warmups=1)
         self.against("train_step_bf16", "2 layers, 4x32x32", "bfloat16", rounds, TRAIN_TARGET, "fwd+bwd")
 
     def preprocess(self, seconds: float) -> None:
         """32 frames of 512 x 512 to normalised patches and the mask that drops repeated cells."""
         frames = _moving_frames(32, 512)
-        clip = Clip(frames, "moving squares", "video")
+        clip = Clip(frames, "moving squares", "video", "array")
 
         def ours() -> tuple[torch.Tensor, torch.Tensor]:
             small = torch.from_numpy(resize_frames(clip, (504, 504)))
             patches, scores = hulukern.patch_embed_cut(small, dtype=torch.float32, with_scores=True, backend="cpu")
             return patches, prune_frames(small, rule="previous", scores=scores, backend="cpu").keep
 
-        runs = {"numpy": lambda: released_preprocess(frames, 504), "cpu": ours}
+        runs: dict[str, Callable[[], Any]] = {"numpy": lambda: released_preprocess(frames, 504), "cpu": ours}
         theirs, got = runs["numpy"](), ours()
         _agree("preprocess_32f", theirs[0], got[0], 1e-5)
         if not torch.equal(theirs[1], got[1]):
@@ -186,7 +192,7 @@ def separate_rotary_and_sdpa(a: Arguments, lengths: tuple[int, ...]) -> torch.Te
         return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
     parts = [x.transpose(0, 1)[None].split(lengths, 2) for x in (rotated(a["q"]), rotated(a["k"]), a["v"])]
-    outs = [F.scaled_dot_product_attention(*qkv, scale=a["scale"]) for qkv in zip(*parts, strict=True)]
+    outs = [F.scaled_dot_product_attention(q, k, v, scale=a["scale"]) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outs, 2)[0].transpose(0, 1)
 
 
@@ -199,7 +205,10 @@ def encoders() -> tuple[HuluMedVisionModel, Any, torch.Tensor]:
     sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 2}
     config = VideoLlama3VisionConfig(patch_size=14, **sizes)
     config._attn_implementation = "sdpa"
-    theirs = VideoLlama3VisionModel(config).to(torch.bfloat16).eval()
+    theirs = VideoLlama3VisionModel(config).eval()
+    frequencies = theirs.rotary_pos_emb.inv_freq.clone()
+    theirs = theirs.to(torch.bfloat16)
+    theirs.rotary_pos_emb.inv_freq = frequencies  # as from_pretrained leaves them
     ours = HuluMedVisionModel(HuluMedVisionConfig(**sizes), backend="cpu").to(torch.bfloat16).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs, torch.rand(8 * 1024, 588).mul(2).sub(1).to(torch.bfloat16)
