@@ -8,12 +8,19 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py hulukern/_version.
 # A compiler that comes or goes is a reason to configure again.
 NVCC := $(shell command -v nvcc)
 
-.PHONY: bench test lint format build clean
+.PHONY: bench test test-levels lint format build clean
 bench: $(VENV)/build.stamp
 	$(PY) -m bench quick
 
 test: $(VENV)/build.stamp
 	$(PY) -m pytest
+
+# The op tests once per CPU level that this machine has.
+test-levels: $(VENV)/build.stamp
+	for level in baseline avx2 avx512 avx512_bf16 amx; do \
+	  HULUKERN_CPU_LEVEL=$$level $(PY) -c "from hulukern.backends import native_error as e; import sys; sys.exit(bool(e()))" || break; \
+	  echo "level $$level"; HULUKERN_CPU_LEVEL=$$level $(PY) -m pytest -q tests/ops/test_ops.py -k cpu || exit 1; \
+	done
 
 build: $(VENV)/build.stamp
 

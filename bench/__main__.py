@@ -9,6 +9,7 @@ import sys
 # Name -> (module with add_arguments(parser), run(options) -> int and EXAMPLES, one line of help). Imported when named.
 COMMANDS = {
     "quick": ("bench.main_job", "the main job on real input: tokens, drift and time by rule"),
+    "run": ("bench.suites", "a suite of checks against peers, as JSON"),
     "e2e": ("bench.e2e", "the 55 % tracker: throughput over reduction against the ideal line"),
     "list": ("bench.listing", "what can be measured here, and why the rest cannot"),
     "profile": ("bench.profile", "where an op's time goes"),

@@ -110,20 +110,42 @@ class HuluMedVisionAttention(nn.Module):
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.out_proj = nn.Linear(width, width)
+        self._packed: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def forward(
         self, h: torch.Tensor, rows: Rows, survivors: Rows | None, kept: torch.Tensor | None, backend: str | None
     ) -> torch.Tensor:
         """``[N, E]`` -> ``[N, E]``, or ``[K, E]`` for the kept rows."""
-        heads = (-1, self.num_heads, self.head_dim)
-        q = self.q_proj(h if kept is None else h[kept]).view(heads)
-        k, v = self.k_proj(h).view(heads), self.v_proj(h).view(heads)
+        heads = (self.num_heads, self.head_dim)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            q = self.q_proj(h if kept is None else h[kept]).unflatten(1, heads)
+            k, v = self.k_proj(h).unflatten(1, heads), self.v_proj(h).unflatten(1, heads)
+        elif kept is None:
+            weight, bias = self.packed_qkv()
+            q, k, v = F.linear(h, weight, bias).unflatten(1, (3, *heads)).unbind(1)
+        else:
+            weight, bias = self.packed_qkv()
+            q = self.q_proj(h[kept]).unflatten(1, heads)
+            k, v = F.linear(h, weight[h.shape[1] :], bias[h.shape[1] :]).unflatten(1, (2, *heads)).unbind(1)
         out = hulukern.rope_attention(
             q, k, v, rows.positions, rows.cu_seqlens, theta=self.theta, backend=backend,
             positions_q=None if survivors is None else survivors.positions,
             cu_seqlens_q=None if survivors is None else survivors.cu_seqlens,
         )  # fmt: skip
         return self.out_proj(out.flatten(1))
+
+    def packed_qkv(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The three projections' ``[3 E, E]`` and ``[3 E]``: one product instead of three, read in place by the
+        attention. Made when first used without gradients, and again when a parameter was written, moved or
+        replaced; the parameters themselves, and so the checkpoint's keys, stay as they are."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        tensors = [x for p in projections for x in (p.weight, p.bias)]
+        # A tensor made under inference mode counts no writes, so what is packed from it cannot be trusted twice.
+        state = [(x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in tensors]
+        if self._packed is None or self._packed[0] != state or state[0][2] is None:
+            weight, bias = torch.cat([x.detach() for x in tensors[::2]]), torch.cat([x.detach() for x in tensors[1::2]])
+            self._packed = state, weight, bias
+        return self._packed[1:]
 
 
 class HuluMedVisionMLP(nn.Module):

@@ -12,17 +12,25 @@ namespace {
 using hk::BiasGeluArgs;
 using hk::BiasGeluBackwardArgs;
 
+template <class T>
+constexpr bool kRounds = false;
+template <>
+constexpr bool kRounds<bf16> = true;
+
 constexpr float kLog2e = 1.44269504f, kSqrt2OverPi = 0.797884561f, kCubic = 0.044715f;
 
+// To 1e-4 where the result is rounded to bf16, 4e-3.
+template <class T>
 HK_INLINE f32x16 exponential(f32x16 x) {
-  return exp2<6, false>(smaller(splat(126.0f), x * kLog2e));
+  return exp2<kRounds<T> ? 3 : 6, false>(smaller(splat(126.0f), x * kLog2e));
 }
 
 // Phi(u), and exp(-u^2/2) beside it.
+template <class T>
 HK_INLINE f32x16 normal_cdf(f32x16 u, f32x16* bell) {
   const f32x16 x = floats_of(bits_of(u) & 0x7fffffffu) * 0.707106781f;
   const f32x16 t = 1.0f / (1.0f + 0.3275911f * x);
-  *bell = exponential(-(x * x));
+  *bell = exponential<T>(-(x * x));
   f32x16 y = t * 1.061405429f - 1.453152027f;
   y = y * t + 1.421413741f;
   y = y * t - 0.284496736f;
@@ -31,23 +39,23 @@ HK_INLINE f32x16 normal_cdf(f32x16 u, f32x16* bell) {
   return pick(u < 0.0f, tail, 1.0f - tail);
 }
 
-template <bool erf>
+template <class T, bool erf>
 HK_INLINE f32x16 gelu(f32x16 u) {
   if (erf) {
     f32x16 bell;
-    return u * normal_cdf(u, &bell);
+    return u * normal_cdf<T>(u, &bell);
   }
-  return u / (1.0f + exponential((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u)));
+  return u / (1.0f + exponential<T>((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u)));
 }
 
-template <bool erf>
+template <class T, bool erf>
 HK_INLINE f32x16 slope(f32x16 u) {
   if (erf) {
     f32x16 bell;
-    const f32x16 below = normal_cdf(u, &bell);
+    const f32x16 below = normal_cdf<T>(u, &bell);
     return below + u * bell * 0.398942280f;
   }
-  const f32x16 e = exponential((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u));
+  const f32x16 e = exponential<T>((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u));
   const f32x16 s = 1.0f / (1.0f + e);
   // s (1 - s) as e s^2: nothing cancels where s is nearly 1.
   return s + 2.0f * kSqrt2OverPi * u * (1.0f + 3.0f * kCubic * u * u) * (e * s * s);
@@ -68,7 +76,7 @@ int forward(const BiasGeluArgs& a) {
     each_stretch(a.E, [&](int64_t i, int64_t n) {
       f32x16 u = load(x + i, n);
       if (bias != nullptr) u += load(bias + i);
-      store(out + i, gelu<erf>(u), n);
+      store(out + i, gelu<T, erf>(u), n);
     });
   }
   free(bias);
@@ -96,7 +104,7 @@ int backward(const BiasGeluBackwardArgs& a) {
       each_stretch(a.E, [&](int64_t i, int64_t n) {
         f32x16 u = load(x + i, n);
         if (bias != nullptr) u += load(bias + i);
-        const f32x16 g = load(grad + i, n) * slope<erf>(u);
+        const f32x16 g = load(grad + i, n) * slope<T, erf>(u);
         store(grad_x + i, g, n);
         if (sums != nullptr) store(sums + i, load(sums + i, n) + g, n);
       });
