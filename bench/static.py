@@ -23,44 +23,45 @@ EXAMPLES = """examples:
 exit codes: 0 within the limits, 1 a kernel spills (sm_80, sm_90) or pads attention beyond 1.12, 2 bad arguments
 """
 MAX_ATTENTION_RATIO = 1.12
+LIMITED_HEAD_DIM = 72  # Hulu-Med's
 NO_SPILLS_ON = (80, 90)
 
 
-def _attention(products: int) -> Callable[[dict[str, Any]], tuple[int, int]]:
-    """Of one tile of queries and keys: multiply-adds needed, and how many products Triton splits them into."""
+def _attention(rotated: int, plain: int) -> Callable[[dict[str, Any]], tuple[int, int]]:
+    """Multiply-adds of one tile of queries and keys: needed, and with the columns that the kernel adds. Products over
+    rotated columns are the logits and their gradients, over plain ones the values and theirs."""
 
-    def exact(c: dict[str, Any]) -> tuple[int, int]:
-        rotated = 3 if c["P"] else 2
-        plain = 2 if c["TAIL"] else 1
-        # logits and their gradients run over rotated columns, values and theirs over plain ones
-        split = {2: rotated + plain, 3: 2 * rotated + plain, 4: 2 * rotated + 2 * plain}[products]
-        return products * c["BLOCK_Q"] * c["BLOCK_K"] * 2 * c["HALF"], split
+    def work(c: dict[str, Any]) -> tuple[int, int]:
+        pairs = c["BLOCK_Q"] * c["BLOCK_K"]
+        columns = rotated * 2 * (c["W"] + c["P"]) + plain * (c["MAIN"] + c["TAIL"])
+        return pairs * (rotated + plain) * 2 * c["HALF"], pairs * columns
 
-    return exact
+    return work
 
 
 def _embed(c: dict[str, Any]) -> tuple[int, int]:
     padded = -(-c["LENGTH"] // c["BLOCK_L"]) * c["BLOCK_L"]
-    return c["BLOCK_N"] * c["BLOCK_E"] * c["BLOCK_L"] * c["LENGTH"] // padded, 1
+    tile = c["BLOCK_N"] * c["BLOCK_E"] * c["BLOCK_L"]
+    return tile * c["LENGTH"] // padded, tile
 
 
 NEEDED: dict[str, Callable[[dict[str, Any]], tuple[int, int]]] = {
-    "rope_attention_kernel": _attention(2),
-    "rope_attention_dq_kernel": _attention(3),
-    "rope_attention_dkdv_kernel": _attention(4),
+    "rope_attention_kernel": _attention(1, 1),
+    "rope_attention_dq_kernel": _attention(2, 1),
+    "rope_attention_dkdv_kernel": _attention(2, 2),
     "patch_embed_kernel": _embed,
 }
 
 
 def tensor_ratio(c: offline.Compiled, code: offline.MachineCode) -> float | None:
-    """Tensor work of the machine code over what the shapes need; None without either. The copies of a loop's
-    body (whole and masked tiles, and what pipelining peels) are counted by their products."""
+    """Tensor work of the machine code over what the shapes need; None without either. How often a loop's body stands
+    there (whole and masked tiles, and what pipelining peels off) follows from the products in Triton's own form."""
     if c.kernel not in NEEDED or not code.tensor:
         return None
-    exact, split = NEEDED[c.kernel](c.constants)
-    times = 3 if c.dtype == "float32" and c.constants.get("PRECISION") == "tf32x3" else 1
-    bodies = c.products / (split * times)
-    return code.tensor_work(c) / (exact * bodies * times)
+    needed, asked = NEEDED[c.kernel](c.constants)
+    tf32_products = 3 if c.dtype == "float32" else 1
+    bodies = c.product_work / (asked * tf32_products)
+    return code.tensor_work(c) / (needed * bodies * tf32_products)
 
 
 def measure(architecture: int, ops: list[str]) -> list[dict[str, Any]]:
@@ -69,7 +70,7 @@ def measure(architecture: int, ops: list[str]) -> list[dict[str, Any]]:
         for c in offline.compile_in_subprocess(architecture, Path(folder), ops):
             code = offline.read_machine_code(Path(folder) / c.file)
             ratio = tensor_ratio(c, code)
-            limited = ratio is not None and c.op.startswith("rope_attention")
+            limited = c.op.startswith("rope_attention") and 2 * c.constants.get("HALF", 0) == LIMITED_HEAD_DIM
             reasons = []
             if architecture in NO_SPILLS_ON and code.local_accesses and (c.op, c.dtype) not in offline.MAY_SPILL:
                 reasons.append(f"spills: {code.local_accesses} accesses")

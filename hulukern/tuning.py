@@ -51,6 +51,7 @@ _MMA = "logits and output of 16 rows a warp fit in registers; 3 stages fit in 10
 _SLOW = "three tf32 products each: the largest tile without spills"
 _SMALL = "99 KiB and no wgmma: three blocks of 4 warps a multiprocessor"
 _GRADS = "the largest tiles whose sums and two logit tiles fit in registers without spills"
+_SHARED = "warps repeat half of a product (tensor work x 1.5) rather than spill, which all others do"
 _WIDE = "FFMA with the fewest spills: none is free of them, and three tf32 products spill ten times as much"
 _ROWS = "16 rows: 256 programs at 4096 rows, whose angles stay in registers over the heads"
 
@@ -65,17 +66,17 @@ TABLE: dict[str, dict[int, Row]] = {
         80: _tiles(128, 64, 8, 3, _MMA),
         90: _tiles(128, 64, 8, 3, _WGMMA),
         100: _tiles(128, 64, 8, 3, _WGMMA),
-        120: _tiles(64, 32, 8, 2, "4 warps spill while they rotate q"),
+        120: _tiles(128, 32, 8, 2, _MMA),
     },
     "rope_attention_dq": {
         80: _tiles(64, 32, 4, 2, _GRADS),
         90: _tiles(128, 64, 8, 2, _GRADS),
         100: _tiles(64, 64, 4, 2, _GRADS),
-        120: _tiles(64, 32, 8, 1, _GRADS),
+        120: _tiles(64, 16, 4, 2, _GRADS),
     },
     "rope_attention_dq.d128": {
         80: _tiles(32, 64, 8, 2, _GRADS),
-        90: _tiles(64, 64, 8, 2, _GRADS),
+        90: _tiles(64, 32, 4, 1, _GRADS),
         100: _tiles(64, 64, 8, 2, _GRADS),
         120: _tiles(32, 64, 8, 2, _GRADS),
     },
@@ -88,9 +89,9 @@ TABLE: dict[str, dict[int, Row]] = {
     },
     "rope_attention_dkdv.d128": {
         80: _tiles(64, 32, 8, 2, _GRADS),
-        90: _tiles(64, 64, 8, 2, _GRADS),
+        90: _tiles(64, 64, 8, 2, _SHARED),
         100: _tiles(64, 64, 8, 2, _GRADS),
-        120: _tiles(32, 32, 8, 2, _GRADS),
+        120: _tiles(32, 32, 8, 2, _SHARED),
     },
     "rope_attention_dkdv.fp32": {arch: _tiles(16, 16, 8, 1, _WIDE) for arch in ARCHITECTURES},
     "rope_attention_rotate": {arch: Row({"BLOCK_N": 16}, 4, 1, _ROWS) for arch in ARCHITECTURES},

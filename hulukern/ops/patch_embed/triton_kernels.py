@@ -355,10 +355,9 @@ def _project(
     chosen = row("patch_embed.fp32" if wide else "patch_embed", architecture(weight.device))
     with torch.cuda.device_of(weight):
         patch_embed_kernel[(triton.cdiv(N, chosen.blocks["BLOCK_N"]), triton.cdiv(E, chosen.blocks["BLOCK_E"]))](
-            pixels, weight, weight if bias is None else bias.contiguous(), out, N, E,
-            patches_y, patches_x, stride_t // unit_x, stride_y, stride // unit,
+            pixels, weight, weight if bias is None else bias.contiguous(), out,
+            N, E, patches_y, patches_x, stride_t // unit_x, stride_y, stride // unit,
             _per_channel_values(mean), _per_channel_values(std), window[0], window[1] - window[0],
-            FLOATS=pixels.is_floating_point(), NORM=mean is not None, BIAS=bias is not None,
-            LENGTH=L, UNIT=unit, UNIT_X=unit_x,
-            PRECISION="tf32x3", **geometry, **chosen.options,
+            FLOATS=pixels.is_floating_point(), NORM=mean is not None, BIAS=bias is not None, LENGTH=L,
+            UNIT=unit, UNIT_X=unit_x, PRECISION="tf32x3", **geometry, **chosen.options,
         )  # fmt: skip
