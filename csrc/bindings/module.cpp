@@ -145,6 +145,12 @@ PYBIND11_MODULE(_C, m) {
           run([&] { return hk_patch_embed_cut(&e, &f, before.get(), &p, s.get(), &options); });
         });
 
+  m.def("patch_embed_resize", [](bool on_cuda, uintptr_t exec, py::handle frames, py::handle out) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor f = view(frames), o = view(out);
+    run([&] { return hk_patch_embed_resize(&e, &f, &o); });
+  });
+
   m.def("token_score", [](bool on_cuda, uintptr_t exec, py::handle patches, py::handle scores,
                           const std::vector<int64_t>& grid_thw, int merge_size, int reference, float threshold) {
     const hk_exec e = where(on_cuda, exec);

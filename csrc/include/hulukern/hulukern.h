@@ -99,6 +99,10 @@ HK_API int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, cons
 HK_API int hk_patch_embed_normalize(const hk_exec* exec, const hk_tensor* patches, const hk_tensor* out,
                                     const hk_cut_options* options);
 
+/* patch_embed_resize: Pillow's bicubic (antialiased, 8-bit fixed point), across and then down. CPU only.
+ *   frames [T, H, W, C] u8, C 1 or 3, inner two strides C and 1; out [T, h, w, C] u8, dense */
+HK_API int hk_patch_embed_resize(const hk_exec* exec, const hk_tensor* frames, const hk_tensor* out);
+
 /* token_score: mean |difference| per cell against the previous or the last kept version of the cell.
  *   scores [cells] f32, grid after grid, (t, cell) order; the first frame of a grid scores +inf.
  * u8: in u8 steps, float(sum) / float(count), exact. i16: per window (lo, hi), |clamp - clamp| scaled

@@ -43,7 +43,23 @@ struct PatchEmbedCutArgs {
   int32_t num_threads;
 };
 
+// Output i is the sum of `count[i]` inputs from `first[i]` on, by weights[i * size ..] / 2^22.
+struct Taps {
+  const int32_t *weights, *first, *count;
+  int32_t size;
+};
+
+struct PatchEmbedResizeArgs {
+  const uint8_t* frames;  // [T, H, W, C]
+  uint8_t* out;           // [T, h, w, C], dense
+  int64_t T, H, W, C, h, w;
+  int64_t stride_t, stride_y;
+  Taps across, down;
+  int32_t num_threads;
+};
+
 }  // namespace hk
 
 HK_DECLARE_CPU(patch_embed_normalize, hk::PatchEmbedNormalizeArgs)
 HK_DECLARE_CPU(patch_embed_cut, hk::PatchEmbedCutArgs)
+HK_DECLARE_CPU(patch_embed_resize, hk::PatchEmbedResizeArgs)
