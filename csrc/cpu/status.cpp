@@ -5,6 +5,9 @@
 #include <cstdio>
 
 #include "cpu/level.h"
+#ifdef HK_SIM
+#include "sim/memory.h"
+#endif
 
 namespace hk {
 
@@ -29,6 +32,9 @@ int64_t dtype_size(int32_t dtype) {
 }
 
 int check_exec(const char* op, const hk_exec* exec) {
+#ifdef HK_SIM
+  sim::forget_tensors();
+#endif
   HK_REQUIRE(exec != nullptr, "%s: exec is NULL, expected an hk_exec", op);
   HK_REQUIRE(exec->device == HK_CPU || exec->device == HK_CUDA,
              "%s: exec has device %d, expected HK_CPU (0) or HK_CUDA (1)", op, exec->device);
@@ -55,6 +61,9 @@ int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim)
   }
   HK_REQUIRE(numel == 0 || t->data != nullptr, "%s: %s has no data, expected %lld elements", op, name,
              (long long)numel);
+#ifdef HK_SIM
+  sim::register_tensor(name, *t);
+#endif
   return HK_OK;
 }
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from hulukern.backends import on_simulator
 from hulukern.spec import Arguments
 from hulukern.validation import dtype_name, fail
 
@@ -82,6 +83,8 @@ def native_target(x: torch.Tensor) -> tuple[bool, int]:
     """Where a native launcher runs: (on CUDA, its stream) or (False, threads to use)."""
     if x.is_cuda:
         return True, torch.cuda.current_stream(x.device).cuda_stream
+    if on_simulator.get():
+        return True, 0
     return False, torch.get_num_threads()
 
 

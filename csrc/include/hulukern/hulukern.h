@@ -68,7 +68,8 @@ HK_API const char* hk_last_error(void);
 HK_API const char* hk_cpu_level(void);
 /* 1 if CPU kernels were built with OpenMP, else 0 (num_threads is then ignored). */
 HK_API int hk_openmp(void);
-/* "" when CUDA kernels were left out of this build, else their architectures, "80;90a;...". */
+/* "" when CUDA kernels were left out of this build, else their architectures, "80;90a;..."; "simulated"
+ * when this is the test library that runs them on the host. */
 HK_API const char* hk_cuda_archs(void);
 /* Why the build has no CUDA kernels; "" when it has them. */
 HK_API const char* hk_cuda_absent_reason(void);
