@@ -96,6 +96,10 @@ hk_exec where(bool on_cuda, uintptr_t threads_or_stream) {
   return on_cuda ? cuda(threads_or_stream) : cpu(static_cast<int>(threads_or_stream));
 }
 
+hk_rope rope_of(const std::vector<int32_t>& sections, double theta) {
+  return {sections.data(), static_cast<int32_t>(sections.size()), theta};
+}
+
 using Floats = std::optional<std::vector<float>>;
 
 hk_cut_options cut_options(const char* op, int patch_size, int merge_size, int channels, int lo, int hi,
@@ -181,4 +185,91 @@ PYBIND11_MODULE(_C, m) {
           const hk_tensor from = view(grad_out), i = view(index), to = view(grad_x);
           run([&] { return hk_token_compact_rows_backward(&e, &from, &i, &to); });
         });
+
+  m.def("layer_norm",
+        [](bool on_cuda, uintptr_t exec, py::handle x, py::handle residual, py::handle weight, py::handle bias,
+           py::handle y, py::handle summed, py::handle mean, py::handle rstd, double eps) {
+          const hk_exec e = where(on_cuda, exec);
+          const hk_tensor a = view(x), w = view(weight), b = view(bias), o = view(y), m = view(mean), r = view(rstd);
+          const OptionalView c(residual), s(summed);
+          run([&] { return hk_layer_norm(&e, &a, c.get(), &w, &b, &o, s.get(), &m, &r, eps); });
+        });
+  m.def("layer_norm_backward", [](bool on_cuda, uintptr_t exec, py::handle grad, py::handle grad_summed,
+                                  py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
+                                  py::handle grad_x, py::handle grad_weight, py::handle grad_bias, py::handle partial) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor g = view(grad), s = view(summed), w = view(weight), m = view(mean), r = view(rstd);
+    const hk_tensor gx = view(grad_x), gw = view(grad_weight), gb = view(grad_bias), p = view(partial);
+    const OptionalView gs(grad_summed);
+    run([&] { return hk_layer_norm_backward(&e, &g, gs.get(), &s, &w, &m, &r, &gx, &gw, &gb, &p); });
+  });
+
+  m.def("bias_gelu", [](bool on_cuda, uintptr_t exec, py::handle x, py::handle bias, py::handle out, int gelu) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor a = view(x), o = view(out);
+    const OptionalView b(bias);
+    run([&] { return hk_bias_gelu(&e, &a, b.get(), &o, gelu); });
+  });
+  m.def("bias_gelu_backward", [](bool on_cuda, uintptr_t exec, py::handle grad, py::handle x, py::handle bias,
+                                 py::handle grad_x, py::handle grad_bias, py::handle partial, int gelu) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor g = view(grad), a = view(x), gx = view(grad_x);
+    const OptionalView b(bias), gb(grad_bias), p(partial);
+    run([&] { return hk_bias_gelu_backward(&e, &g, &a, b.get(), &gx, gb.get(), p.get(), gelu); });
+  });
+
+  m.def("spatial_merge", [](bool on_cuda, uintptr_t exec, py::handle x, py::handle weight, py::handle bias,
+                            py::handle keep, py::handle out, py::handle mean, py::handle rstd, int merge_size,
+                            double eps) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor a = view(x), o = view(out);
+    const OptionalView w(weight), b(bias), k(keep), m(mean), r(rstd);
+    run([&] { return hk_spatial_merge(&e, &a, w.get(), b.get(), k.get(), &o, m.get(), r.get(), merge_size, eps); });
+  });
+  m.def("spatial_merge_backward", [](bool on_cuda, uintptr_t exec, py::handle grad, py::handle x, py::handle weight,
+                                     py::handle keep, py::handle mean, py::handle rstd, py::handle grad_x,
+                                     py::handle grad_weight, py::handle grad_bias, py::handle partial, int merge_size) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor g = view(grad), a = view(x), gx = view(grad_x);
+    const OptionalView w(weight), k(keep), m(mean), r(rstd), gw(grad_weight), gb(grad_bias), p(partial);
+    run([&] {
+      return hk_spatial_merge_backward(&e, &g, &a, w.get(), k.get(), m.get(), r.get(), &gx, gw.get(), gb.get(), p.get(),
+                                       merge_size);
+    });
+  });
+
+  m.def("rope_attention",
+        [](bool on_cuda, uintptr_t exec, py::handle q, py::handle k, py::handle v, py::handle positions_q,
+           py::handle positions_k, py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::handle out, py::handle lse,
+           const std::vector<int32_t>& sections, double theta, double scale) {
+          const hk_exec e = where(on_cuda, exec);
+          const hk_tensor a = view(q), b = view(k), c = view(v), o = view(out), l = view(lse);
+          const hk_tensor pq = view(positions_q), pk = view(positions_k);
+          const hk_tensor eq = view(cu_seqlens_q), ek = view(cu_seqlens_k);
+          const hk_rope rope = rope_of(sections, theta);
+          run([&] { return hk_rope_attention(&e, &a, &b, &c, &pq, &pk, &eq, &ek, &o, &l, &rope, scale); });
+        });
+  m.def("rope_attention_backward",
+        [](bool on_cuda, uintptr_t exec, py::handle grad, py::handle q, py::handle k, py::handle v, py::handle out,
+           py::handle lse, py::handle positions_q, py::handle positions_k, py::handle cu_seqlens_q,
+           py::handle cu_seqlens_k, py::handle grad_q, py::handle grad_k, py::handle grad_v, py::handle delta,
+           const std::vector<int32_t>& sections, double theta, double scale) {
+          const hk_exec e = where(on_cuda, exec);
+          const hk_tensor g = view(grad), a = view(q), b = view(k), c = view(v), o = view(out), l = view(lse);
+          const hk_tensor pq = view(positions_q), pk = view(positions_k);
+          const hk_tensor eq = view(cu_seqlens_q), ek = view(cu_seqlens_k);
+          const hk_tensor gq = view(grad_q), gk = view(grad_k), gv = view(grad_v), d = view(delta);
+          const hk_rope rope = rope_of(sections, theta);
+          run([&] {
+            return hk_rope_attention_backward(&e, &g, &a, &b, &c, &o, &l, &pq, &pk, &eq, &ek, &gq, &gk, &gv, &d, &rope,
+                                              scale);
+          });
+        });
+  m.def("rope_attention_rotate", [](bool on_cuda, uintptr_t exec, py::handle x, py::handle positions, py::handle out,
+                                    const std::vector<int32_t>& sections, double theta, bool inverse) {
+    const hk_exec e = where(on_cuda, exec);
+    const hk_tensor a = view(x), p = view(positions), o = view(out);
+    const hk_rope rope = rope_of(sections, theta);
+    run([&] { return hk_rope_attention_rotate(&e, &a, &p, &o, &rope, inverse); });
+  });
 }

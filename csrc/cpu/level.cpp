@@ -1,6 +1,14 @@
 // What this CPU can run, what the environment asks for, and what was built in.
 #include "cpu/level.h"
 
+#ifdef HK_CPU_X86_LEVELS
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -9,17 +17,35 @@
 
 namespace hk {
 
-static const char* const kLevelNames[] = {"baseline", "avx2", "avx512"};
+static const char* const kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#ifdef HK_CPU_X86_LEVELS
+// Tiles must be asked for: their 8 KB of state make Linux grow the process's signal frames.
+static bool tiles_granted() {
+#ifdef __linux__
+  const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 static CpuLevel best_level() {
 #ifdef HK_CPU_X86_LEVELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return CpuLevel::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::avx2;
-#endif
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CpuLevel::baseline;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return CpuLevel::avx2;
+  if (!__builtin_cpu_supports("avx512bf16")) return CpuLevel::avx512;
+  // Leaf 7: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE.
+  unsigned a, b, c, d;
+  const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+  return tiles && tiles_granted() ? CpuLevel::amx : CpuLevel::avx512_bf16;
+#else
   return CpuLevel::baseline;
+#endif
 }
 
 static CpuLevel choose_level() {
@@ -38,9 +64,10 @@ CpuLevel cpu_level() {
 
 int check_cpu_level(const char* op) {
   if (cpu_level() != CpuLevel::invalid) return HK_OK;
-  return fail(HK_INVALID_ARGUMENT,
-              "%s: HULUKERN_CPU_LEVEL has \"%s\", expected baseline, avx2 or avx512, at most %s on this CPU", op,
-              std::getenv("HULUKERN_CPU_LEVEL"), kLevelNames[static_cast<int>(best_level())]);
+  return fail(
+      HK_INVALID_ARGUMENT,
+      "%s: HULUKERN_CPU_LEVEL has \"%s\", expected baseline, avx2, avx512, avx512_bf16 or amx, at most %s on this CPU",
+      op, std::getenv("HULUKERN_CPU_LEVEL"), kLevelNames[static_cast<int>(best_level())]);
 }
 
 }  // namespace hk

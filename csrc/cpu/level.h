@@ -5,7 +5,7 @@
 
 namespace hk {
 
-enum class CpuLevel { baseline, avx2, avx512, invalid };
+enum class CpuLevel { baseline, avx2, avx512, avx512_bf16, amx, invalid };
 
 // Chosen once per process: the CPU's best, or what HULUKERN_CPU_LEVEL asks for.
 CpuLevel cpu_level();
@@ -14,6 +14,7 @@ int check_cpu_level(const char* op);
 
 }  // namespace hk
 
+// The last two levels differ from avx512 in products of bf16 only: ops without such products stop at avx512.
 #ifdef HK_CPU_X86_LEVELS
 #define HK_DECLARE_CPU(function, Args) \
   namespace hk::baseline {             \
@@ -26,13 +27,27 @@ int check_cpu_level(const char* op);
   int function(const Args&);           \
   }
 #define HK_DISPATCH_CPU(function, args)                                 \
-  (hk::cpu_level() == hk::CpuLevel::avx512 ? hk::avx512::function(args) \
+  (hk::cpu_level() >= hk::CpuLevel::avx512 ? hk::avx512::function(args) \
    : hk::cpu_level() == hk::CpuLevel::avx2 ? hk::avx2::function(args)   \
                                            : hk::baseline::function(args))
+#define HK_DECLARE_CPU_BF16(function, Args) \
+  HK_DECLARE_CPU(function, Args)            \
+  namespace hk::avx512_bf16 {               \
+  int function(const Args&);                \
+  }                                         \
+  namespace hk::amx {                       \
+  int function(const Args&);                \
+  }
+#define HK_DISPATCH_CPU_BF16(function, args)                                        \
+  (hk::cpu_level() == hk::CpuLevel::amx           ? hk::amx::function(args)         \
+   : hk::cpu_level() == hk::CpuLevel::avx512_bf16 ? hk::avx512_bf16::function(args) \
+                                                  : HK_DISPATCH_CPU(function, args))
 #else
 #define HK_DECLARE_CPU(function, Args) \
   namespace hk::baseline {             \
   int function(const Args&);           \
   }
 #define HK_DISPATCH_CPU(function, args) (hk::baseline::function(args))
+#define HK_DECLARE_CPU_BF16 HK_DECLARE_CPU
+#define HK_DISPATCH_CPU_BF16 HK_DISPATCH_CPU
 #endif

@@ -86,6 +86,28 @@ int check_dense(const char* op, const char* name, const hk_tensor* t, int inner)
   return HK_OK;
 }
 
+int check_float(const char* op, const char* name, const hk_tensor* t) {
+  HK_REQUIRE(t->dtype == HK_F32 || t->dtype == HK_BF16 || t->dtype == HK_F16,
+             "%s: %s has dtype %s, expected f32, bf16 or f16", op, name, dtype_name(t->dtype));
+  return HK_OK;
+}
+
+int check_dtype(const char* op, const char* name, const hk_tensor* t, int32_t dtype) {
+  HK_REQUIRE(t->dtype == dtype, "%s: %s has dtype %s, expected %s", op, name, dtype_name(t->dtype), dtype_name(dtype));
+  return HK_OK;
+}
+
+int check_like(const char* op, const char* name, const hk_tensor* t, int32_t dtype, int ndim, const int64_t* shape,
+               const char* letters, int inner) {
+  HK_RETURN_IF_ERROR(check_tensor(op, name, t, ndim));
+  HK_RETURN_IF_ERROR(check_dtype(op, name, t, dtype));
+  for (int d = 0; d < ndim; ++d) {
+    const char letter[] = {letters[d], 0};
+    HK_RETURN_IF_ERROR(check_shape(op, name, t, d, shape[d], letter));
+  }
+  return check_dense(op, name, t, inner);
+}
+
 }  // namespace hk
 
 extern "C" const char* hk_last_error(void) {

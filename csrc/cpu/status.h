@@ -28,6 +28,11 @@ int check_exec(const char* op, const hk_exec* exec);
 int check_cpu(const char* op, const hk_exec* exec);
 int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim);
 int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, int64_t expected, const char* letter);
+int check_float(const char* op, const char* name, const hk_tensor* t);
+int check_dtype(const char* op, const char* name, const hk_tensor* t, int32_t dtype);
+// A tensor of `ndim` dimensions whose sizes are `shape` and whose trailing `inner` ones are dense.
+int check_like(const char* op, const char* name, const hk_tensor* t, int32_t dtype, int ndim, const int64_t* shape,
+               const char* letters, int inner);
 // The trailing `inner` dimensions must be dense (row-major, last stride 1).
 int check_dense(const char* op, const char* name, const hk_tensor* t, int inner);
 

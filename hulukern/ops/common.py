@@ -88,6 +88,11 @@ def native_target(x: torch.Tensor) -> tuple[bool, int]:
     return False, torch.get_num_threads()
 
 
+def row_stretches(n_rows: int) -> int:
+    """In how many stretches a backward sums rows: fixed by the shape, so that threads don't change the bits."""
+    return max(1, min(32, n_rows // 64))
+
+
 def check_same_dtype(op: str, arguments: Arguments, name: str, like: str) -> None:
     """A tensor argument, where it is given, must have another's dtype."""
     x, expected = arguments[name], arguments[like].dtype

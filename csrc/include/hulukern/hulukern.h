@@ -4,8 +4,9 @@
  * an hk_status. On failure nothing has been launched and hk_last_error() names the op, the argument,
  * what was expected and what came (thread-local, valid until the next failing call on that thread).
  *
- * Letters: N packed patches, G grids, T H W frame sizes, C channels, P patch side, M merge side,
- * K kept rows, B row bound. A cell is M x M patches, i.e. one visual token. Strides count elements.
+ * Letters: N packed patches, S sequences, G grids, T H W frame sizes, C channels, P patch side, M merge
+ * side, E width, A heads, D head dim, K kept rows, B row bound or row stretches. A cell is M x M patches,
+ * i.e. one visual token. Strides count elements. "float" below is f32, bf16 or f16.
  */
 #ifndef HULUKERN_H_
 #define HULUKERN_H_
@@ -63,7 +64,7 @@ typedef struct hk_exec {
 HK_API const char* hk_version(void);
 HK_API int hk_abi_version(void);
 HK_API const char* hk_last_error(void);
-/* "baseline", "avx2" or "avx512": what this process runs (HULUKERN_CPU_LEVEL may lower it).
+/* "baseline", "avx2", "avx512", "avx512_bf16" or "amx": what this process runs (HULUKERN_CPU_LEVEL may lower it).
  * NULL with HK_INVALID_ARGUMENT text in hk_last_error() when that variable names no usable level. */
 HK_API const char* hk_cpu_level(void);
 /* 1 if CPU kernels were built with OpenMP, else 0 (num_threads is then ignored). */
@@ -127,6 +128,76 @@ HK_API int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep, co
 HK_API int hk_token_compact_rows(const hk_exec* exec, const hk_tensor* x, const hk_tensor* index, const hk_tensor* out);
 HK_API int hk_token_compact_rows_backward(const hk_exec* exec, const hk_tensor* grad_out, const hk_tensor* index,
                                           const hk_tensor* grad_x);
+
+/* rope_attention: rotate q and k by their coordinates, softmax attention without a mask within each
+ * sequence. Angles, softmax and sums are fp32.
+ *   q, out, grad, grad_q          [Nq, A, D] float, inner stride 1, any row and head strides
+ *   k, v, grad_k, grad_v          [Nk, A, D] of q's dtype, likewise
+ *   positions_q, positions_k      [Nq, axes], [Nk, axes] i32, rows contiguous
+ *   cu_seqlens_q, cu_seqlens_k    [S+1] i32: rows of sequence s are cu_seqlens[s] .. cu_seqlens[s+1].
+ *                                 Checked on the CPU, on CUDA the caller's word
+ *   lse                           [A, Nq] f32, natural log; -inf where a sequence has no keys (out is 0)
+ *   delta                         [A, Nq] f32 scratch of the backward: sum of grad * out
+ * Pair i of the n of an axis turns by position / theta^(i/n) and joins dimensions j and j + D/2, j the
+ * pair's number over all axes. D <= 256 and even.
+ * _rotate: out = x [N, A, D] turned by positions [N, axes], or back if inverse. */
+typedef struct hk_rope {
+  const int32_t* sections; /* [axes] host memory: pairs per axis, they add up to D/2 */
+  int32_t axes;
+  double theta;
+} hk_rope;
+HK_API int hk_rope_attention(const hk_exec* exec, const hk_tensor* q, const hk_tensor* k, const hk_tensor* v,
+                             const hk_tensor* positions_q, const hk_tensor* positions_k, const hk_tensor* cu_seqlens_q,
+                             const hk_tensor* cu_seqlens_k, const hk_tensor* out, const hk_tensor* lse,
+                             const hk_rope* rope, double scale);
+HK_API int hk_rope_attention_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* q,
+                                      const hk_tensor* k, const hk_tensor* v, const hk_tensor* out,
+                                      const hk_tensor* lse, const hk_tensor* positions_q, const hk_tensor* positions_k,
+                                      const hk_tensor* cu_seqlens_q, const hk_tensor* cu_seqlens_k,
+                                      const hk_tensor* grad_q, const hk_tensor* grad_k, const hk_tensor* grad_v,
+                                      const hk_tensor* delta, const hk_rope* rope, double scale);
+HK_API int hk_rope_attention_rotate(const hk_exec* exec, const hk_tensor* x, const hk_tensor* positions,
+                                    const hk_tensor* out, const hk_rope* rope, int32_t inverse);
+
+/* layer_norm: s = x + residual, rounded to x's dtype; y = (s - mean) * rstd * weight + bias.
+ *   x, residual, y, summed [N, E] float, one dtype, rows contiguous; residual and summed both or neither NULL
+ *   weight, bias [E] float of one dtype, x's or another; mean, rstd [N] f32
+ * _backward: grad_x is the gradient of s, which x and residual share.
+ *   grad, grad_summed, summed, grad_x [N, E] of one dtype; grad_summed may be NULL; summed is s
+ *   grad_weight, grad_bias [E] of weight's dtype
+ *   partial [B, 2, E] f32 scratch: rows go in B stretches of ceil(N / B), whose sums are added in order, so
+ *   that the result depends on B and not on how many threads there are */
+HK_API int hk_layer_norm(const hk_exec* exec, const hk_tensor* x, const hk_tensor* residual, const hk_tensor* weight,
+                         const hk_tensor* bias, const hk_tensor* y, const hk_tensor* summed, const hk_tensor* mean,
+                         const hk_tensor* rstd, double eps);
+HK_API int hk_layer_norm_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* grad_summed,
+                                  const hk_tensor* summed, const hk_tensor* weight, const hk_tensor* mean,
+                                  const hk_tensor* rstd, const hk_tensor* grad_x, const hk_tensor* grad_weight,
+                                  const hk_tensor* grad_bias, const hk_tensor* partial);
+
+/* bias_gelu: out = gelu(x + bias).
+ *   x, out, grad, grad_x [N, E] float, one dtype, rows contiguous
+ *   bias, grad_bias [E] of x's dtype, both NULL without a bias; partial [B, E] f32 scratch, NULL without a bias */
+typedef enum hk_gelu { HK_GELU_TANH = 0, HK_GELU_ERF = 1 } hk_gelu;
+HK_API int hk_bias_gelu(const hk_exec* exec, const hk_tensor* x, const hk_tensor* bias, const hk_tensor* out,
+                        int32_t gelu);
+HK_API int hk_bias_gelu_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* x, const hk_tensor* bias,
+                                 const hk_tensor* grad_x, const hk_tensor* grad_bias, const hk_tensor* partial,
+                                 int32_t gelu);
+
+/* spatial_merge: mean over the M*M adjacent rows of a cell, after a LayerNorm of every row if weight is given.
+ *   x, grad_x [N, E] float, rows contiguous; out, grad [K, E] of x's dtype, K = N / M^2 without keep
+ *   weight, bias [E] float of one dtype, both or neither NULL; mean, rstd [K, M*M] f32, NULL without weight
+ *   keep [K] i64 strictly increasing cells, or NULL; checked on the CPU, on CUDA the caller's word
+ * _backward: grad_x of cells left out is 0. grad_weight, grad_bias [E] of weight's dtype and partial
+ *   [B, 2, E] f32 scratch are NULL without weight. */
+HK_API int hk_spatial_merge(const hk_exec* exec, const hk_tensor* x, const hk_tensor* weight, const hk_tensor* bias,
+                            const hk_tensor* keep, const hk_tensor* out, const hk_tensor* mean, const hk_tensor* rstd,
+                            int32_t merge_size, double eps);
+HK_API int hk_spatial_merge_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* x,
+                                     const hk_tensor* weight, const hk_tensor* keep, const hk_tensor* mean,
+                                     const hk_tensor* rstd, const hk_tensor* grad_x, const hk_tensor* grad_weight,
+                                     const hk_tensor* grad_bias, const hk_tensor* partial, int32_t merge_size);
 
 #ifdef __cplusplus
 }

@@ -22,12 +22,6 @@ static int read_norm(const char* op, const hk_cut_options& o, PixelNorm* norm) {
   return HK_OK;
 }
 
-static int check_float(const char* op, const char* name, const hk_tensor* t) {
-  HK_REQUIRE(t->dtype == HK_F32 || t->dtype == HK_BF16 || t->dtype == HK_F16,
-             "%s: %s has dtype %s, expected f32, bf16 or f16", op, name, dtype_name(t->dtype));
-  return HK_OK;
-}
-
 }  // namespace hk
 
 using namespace hk;

@@ -1,0 +1,43 @@
+// What ops with a LayerNorm share: a row's statistics, and sums over stretches of rows.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace {
+
+struct Statistics {
+  float mean, rstd;
+};
+
+HK_INLINE float square_root(float x) {
+#ifdef HK_CPU_X86_LEVELS
+  return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+// Of a row of E values whose sum is known. The variance is taken about the mean: a mean far from zero would
+// cost E[x^2] - mean^2 its digits.
+HK_INLINE Statistics statistics(const float* row, float sum, int64_t E, float eps) {
+  const float mean = sum / static_cast<float>(E);
+  f32x16 squares = {};
+  each_stretch(E, [&](int64_t i, int64_t n) {
+    const f32x16 d = load(row + i, n) - mean;
+    squares += n == kLanes ? d * d : [&] {
+      float part[kLanes] = {};
+      store(part, d * d, n);
+      return load(part);
+    }();
+  });
+  return {mean, 1.0f / square_root(total(squares) / static_cast<float>(E) + eps)};
+}
+
+// partial [B, n]: adds all to the first, in order.
+inline void add_stretches(float* partial, int64_t B, int64_t n) {
+  for (int64_t b = 1; b < B; ++b)
+    each_stretch(
+        n, [&](int64_t i, int64_t m) { store(partial + i, load(partial + i, m) + load(partial + b * n + i, m), m); });
+}
+
+}  // namespace

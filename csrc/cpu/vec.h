@@ -1,0 +1,200 @@
+// Sixteen floats at a time, in the compiler's own vectors: one source for every level. AVX2 works on two
+// halves, SSE2 on four quarters, in the same order, so that sums and roundings are the same bits everywhere.
+// multiply_add is the exception: fused where the level has it. Included by per-level files only.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef HK_CPU_X86_LEVELS
+#include <immintrin.h>
+#endif
+
+#include "cpu/half.h"
+#include "hulukern/hulukern.h"
+
+namespace {
+
+#define HK_INLINE inline __attribute__((always_inline))
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+constexpr int64_t kLanes = 16;
+
+HK_INLINE f32x16 splat(float x) {
+  return x - f32x16{};
+}
+HK_INLINE u32x16 bits_of(f32x16 x) {
+  return reinterpret_cast<u32x16>(x);
+}
+HK_INLINE f32x16 floats_of(u32x16 x) {
+  return reinterpret_cast<f32x16>(x);
+}
+HK_INLINE f32x16 pick(i32x16 condition, f32x16 yes, f32x16 no) {
+  return condition ? yes : no;
+}
+HK_INLINE f32x16 larger(f32x16 a, f32x16 b) {  // b where either is NaN
+#ifdef __AVX512F__
+  return reinterpret_cast<f32x16>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return pick(a > b, a, b);
+#endif
+}
+HK_INLINE f32x16 smaller(f32x16 a, f32x16 b) {
+#ifdef __AVX512F__
+  return reinterpret_cast<f32x16>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return pick(a < b, a, b);
+#endif
+}
+
+HK_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<f32x16>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  union Halves {
+    f32x16 whole;
+    __m256 half[2];
+  } x = {a}, y = {b}, z = {c};
+  for (int i = 0; i < 2; ++i) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
+  return z.whole;
+#else
+  return a * b + c;
+#endif
+}
+
+// Halves are added, then quarters, then eighths, then the last two.
+HK_INLINE float total(f32x16 x) {
+  const f32x8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  const f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+HK_INLINE f32x16 load(const float* p) {
+  f32x16 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+HK_INLINE f32x16 load(const bf16* p) {
+  u16x16 x;
+  memcpy(&x, p, sizeof x);
+  return floats_of(__builtin_convertvector(x, u32x16) << 16);
+}
+HK_INLINE f32x16 load(const f16* p) {
+#ifdef __AVX512F__
+  return reinterpret_cast<f32x16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  u16x16 half;
+  memcpy(&half, p, sizeof half);
+  const u32x16 x = __builtin_convertvector(half, u32x16);
+  const u32x16 magnitude = (x & 0x7fffu) << 13;
+  const u32x16 finite = bits_of(floats_of(magnitude) * 0x1p112f);
+  const u32x16 huge = reinterpret_cast<u32x16>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return floats_of(finite | huge | ((x & 0x8000u) << 16));
+#endif
+}
+
+HK_INLINE void store(float* p, f32x16 x) {
+  memcpy(p, &x, sizeof x);
+}
+HK_INLINE void store(bf16* p, f32x16 x) {
+#ifdef __AVX512BF16__
+  const __m256bh y = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+  memcpy(p, &y, sizeof y);
+#else
+  const u32x16 u = bits_of(x);
+  const u32x16 rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const u32x16 nan = reinterpret_cast<u32x16>(x != x);
+  const u16x16 y = __builtin_convertvector(((rounded & ~nan) | ((u | 0x400000u) & nan)) >> 16, u16x16);
+  memcpy(p, &y, sizeof y);
+#endif
+}
+HK_INLINE void store(f16* p, f32x16 x) {
+#ifdef __AVX512F__
+  const __m256i y = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  memcpy(p, &y, sizeof y);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<f16>(x[i]);
+#endif
+}
+
+// The last n < 16 values of a row; what is not there reads as 0 and is not written.
+template <class T>
+HK_INLINE f32x16 load(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T part[kLanes] = {};
+  memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
+  return load(part);
+}
+template <class T>
+HK_INLINE void store(T* p, f32x16 x, int64_t n) {
+  if (n >= kLanes) return store(p, x);
+  T part[kLanes];
+  store(part, x);
+  memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
+}
+
+// What storing x as T and loading it again gives.
+template <class T>
+HK_INLINE f32x16 rounded_to(f32x16 x) {
+  if (sizeof(T) == sizeof(float)) return x;
+  T part[kLanes];
+  store(part, x);
+  return load(part);
+}
+
+// Calls body(i, n) for stretches of a row of E values: n = 16, and what is left.
+template <class Body>
+HK_INLINE void each_stretch(int64_t E, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= E; i += kLanes) body(i, kLanes);
+  if (i < E) body(i, E - i);
+}
+
+HK_INLINE float* allocate_floats(int64_t n) {
+  // Rows end in whole vectors, and so do allocations.
+  return static_cast<float*>(aligned_alloc(64, static_cast<size_t>((n + 31) / 16 * 16) * sizeof(float)));
+}
+
+template <class P>
+struct PointeeOf;
+template <class T>
+struct PointeeOf<T*> {
+  using type = T;
+};
+template <class P>
+using Pointee = typename PointeeOf<P>::type;
+
+// Calls body with a null pointer of the element type that a dtype names.
+template <class Body>
+HK_INLINE int with_type(int32_t dtype, Body body) {
+  if (dtype == HK_F32) return body(static_cast<float*>(nullptr));
+  if (dtype == HK_BF16) return body(static_cast<bf16*>(nullptr));
+  return body(static_cast<f16*>(nullptr));
+}
+
+// [E] of any float dtype to fp32.
+inline void to_floats(float* out, const void* in, int32_t dtype, int64_t E) {
+  with_type(dtype, [&](auto* type) {
+    const auto* from = static_cast<decltype(type)>(const_cast<void*>(in));
+    each_stretch(E, [&](int64_t i, int64_t n) { store(out + i, load(from + i, n), n); });
+    return 0;
+  });
+}
+
+inline void from_floats(void* out, const float* in, int32_t dtype, int64_t E) {
+  with_type(dtype, [&](auto* type) {
+    auto* to = static_cast<decltype(type)>(out);
+    each_stretch(E, [&](int64_t i, int64_t n) { store(to + i, load(in + i, n), n); });
+    return 0;
+  });
+}
+
+}  // namespace
