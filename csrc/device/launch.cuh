@@ -47,7 +47,12 @@ void launch(dim3 grid, int64_t threads, size_t shared_bytes, cudaStream_t stream
   // Above 48 KB a kernel must be told; a refusal shows in launch_status.
   if (shared_bytes > 48 << 10)
     cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  kKernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream> > >(args...);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kKernel, args...);
 }
 
 // To be returned right after a launch. Asynchronous errors of the kernel itself surface at the caller's

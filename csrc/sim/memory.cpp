@@ -42,6 +42,13 @@ Region& region_of(const char* what, const void* address, int bytes, At at) {
 
 }  // namespace
 
+// What hulukern.h calls scratch.
+static bool is_scratch(const char* name) {
+  for (const char* scratch : {"workspace", "partial", "delta", "q_rotated", "k_rotated"})
+    if (strcmp(name, scratch) == 0) return true;
+  return false;
+}
+
 void forget_tensors() {
   regions.clear();
 }
@@ -60,8 +67,7 @@ void register_tensor(const char* name, const hk_tensor& t) {
     (reach < 0 ? first : last) += reach;
   }
   const int64_t size = dtype_size(t.dtype);
-  register_memory(name, static_cast<const char*>(t.data) + first * size, (last - first + 1) * size,
-                  strcmp(name, "workspace") != 0);
+  register_memory(name, static_cast<const char*>(t.data) + first * size, (last - first + 1) * size, !is_scratch(name));
 }
 
 void check_global_read(const void* from, int bytes, At at) {

@@ -1,7 +1,7 @@
 // What kernels may touch, and what of it was written, by whom and when.
 //
-// Global memory: the tensors of the current call, by name; anything else is out of bounds. Tensors named
-// `workspace` start unwritten, and reading them before writing is a fault.
+// Global memory: the tensors of the current call, by name; anything else is out of bounds. Scratch
+// tensors start unwritten, and reading them before writing is a fault.
 // Shared memory: every 2 bytes remember their last write and read as a Stamp. Two accesses by different
 // threads, one a write, race unless a barrier lies between.
 #pragma once

@@ -88,6 +88,17 @@ def native_target(x: torch.Tensor) -> tuple[bool, int]:
     return False, torch.get_num_threads()
 
 
+def packed_rows(x: torch.Tensor, inner: int) -> torch.Tensor:
+    """``rows_dense``, and on CUDA with every row at a multiple of 16 bytes, as kernels that read packs ask."""
+    x = rows_dense(x, inner)
+    if not native_target(x)[0] or x.numel() == 0:
+        return x
+    size = x.element_size()
+    outer = [x.stride(d) for d in range(x.dim() - inner) if x.shape[d] > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in outer)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
 def row_stretches(n_rows: int) -> int:
     """In how many stretches a backward sums rows: fixed by the shape, so that threads don't change the bits."""
     return max(1, min(32, n_rows // 64))

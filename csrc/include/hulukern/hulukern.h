@@ -138,6 +138,7 @@ HK_API int hk_token_compact_rows_backward(const hk_exec* exec, const hk_tensor* 
  *                                 Checked on the CPU, on CUDA the caller's word
  *   lse                           [A, Nq] f32, natural log; -inf where a sequence has no keys (out is 0)
  *   delta                         [A, Nq] f32 scratch of the backward: sum of grad * out
+ *   q_rotated, k_rotated          like q and k, dense: scratch of CUDA calls, NULL on the CPU
  * Pair i of the n of an axis turns by position / theta^(i/n) and joins dimensions j and j + D/2, j the
  * pair's number over all axes. D <= 256 and even.
  * _rotate: out = x [N, A, D] turned by positions [N, axes], or back if inverse. */
@@ -149,13 +150,14 @@ typedef struct hk_rope {
 HK_API int hk_rope_attention(const hk_exec* exec, const hk_tensor* q, const hk_tensor* k, const hk_tensor* v,
                              const hk_tensor* positions_q, const hk_tensor* positions_k, const hk_tensor* cu_seqlens_q,
                              const hk_tensor* cu_seqlens_k, const hk_tensor* out, const hk_tensor* lse,
-                             const hk_rope* rope, double scale);
+                             const hk_tensor* k_rotated, const hk_rope* rope, double scale);
 HK_API int hk_rope_attention_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* q,
                                       const hk_tensor* k, const hk_tensor* v, const hk_tensor* out,
                                       const hk_tensor* lse, const hk_tensor* positions_q, const hk_tensor* positions_k,
                                       const hk_tensor* cu_seqlens_q, const hk_tensor* cu_seqlens_k,
                                       const hk_tensor* grad_q, const hk_tensor* grad_k, const hk_tensor* grad_v,
-                                      const hk_tensor* delta, const hk_rope* rope, double scale);
+                                      const hk_tensor* delta, const hk_tensor* q_rotated, const hk_tensor* k_rotated,
+                                      const hk_rope* rope, double scale);
 HK_API int hk_rope_attention_rotate(const hk_exec* exec, const hk_tensor* x, const hk_tensor* positions,
                                     const hk_tensor* out, const hk_rope* rope, int32_t inverse);
 

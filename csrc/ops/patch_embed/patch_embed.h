@@ -47,3 +47,5 @@ struct PatchEmbedCutArgs {
 
 HK_DECLARE_CPU(patch_embed_normalize, hk::PatchEmbedNormalizeArgs)
 HK_DECLARE_CPU(patch_embed_cut, hk::PatchEmbedCutArgs)
+HK_DECLARE_CUDA(patch_embed_normalize, hk::PatchEmbedNormalizeArgs)
+HK_DECLARE_CUDA(patch_embed_cut, hk::PatchEmbedCutArgs)

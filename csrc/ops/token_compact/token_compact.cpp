@@ -31,7 +31,7 @@ static int check_rows(const char* op, const char* name, const hk_tensor* t, int6
 
 static int copy_rows(const char* op, const hk_exec* exec, const hk_tensor* from, const char* from_name,
                      const hk_tensor* to, const char* to_name, const hk_tensor* index, bool gather) {
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_i64(op, "index", index));
   int64_t from_bytes = 0, to_bytes = 0;
   HK_RETURN_IF_ERROR(check_rows(op, from_name, from, &from_bytes));
@@ -59,7 +59,7 @@ static int copy_rows(const char* op, const hk_exec* exec, const hk_tensor* from,
                                gather,
                                threads_for(exec, (gather ? index->shape[0] : n) * from_bytes)};
   if (from_bytes == 0) return HK_OK;
-  return HK_DISPATCH_CPU(token_compact_rows, args);
+  return HK_DISPATCH(token_compact_rows, args);
 }
 
 }  // namespace hk
@@ -70,7 +70,7 @@ extern "C" int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep
                                       const hk_tensor* index, const hk_tensor* position_ids,
                                       const hk_tensor* cu_seqlens_out, const hk_tensor* count, int64_t n_rows) {
   const char* op = "token_compact";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "keep", keep, 1));
   HK_REQUIRE(keep->dtype == HK_U8 || keep->dtype == HK_I64, "%s: keep has dtype %s, expected u8 (mask) or i64 (rows)",
              op, dtype_name(keep->dtype));
@@ -115,7 +115,7 @@ extern "C" int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep
                                 index->shape[0],
                                 static_cast<int32_t*>(cu_seqlens_out->data),
                                 static_cast<int64_t*>(count->data)};
-  return HK_DISPATCH_CPU(token_compact_index, args);
+  return HK_DISPATCH(token_compact_index, args);
 }
 
 extern "C" int hk_token_compact_rows(const hk_exec* exec, const hk_tensor* x, const hk_tensor* index,

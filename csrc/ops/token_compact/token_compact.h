@@ -35,3 +35,5 @@ struct TokenCompactRowsArgs {
 
 HK_DECLARE_CPU(token_compact_index, hk::TokenCompactIndexArgs)
 HK_DECLARE_CPU(token_compact_rows, hk::TokenCompactRowsArgs)
+HK_DECLARE_CUDA(token_compact_index, hk::TokenCompactIndexArgs)
+HK_DECLARE_CUDA(token_compact_rows, hk::TokenCompactRowsArgs)

@@ -63,7 +63,4 @@ inline ScoreWindow i16_window(const CellView& view, int32_t lo, int32_t hi) {
 }  // namespace hk
 
 HK_DECLARE_CPU(token_score, hk::TokenScoreArgs)
-
-namespace hk {
-int token_score_cuda(const TokenScoreArgs& args, void* stream);
-}
+HK_DECLARE_CUDA(token_score, hk::TokenScoreArgs)

@@ -189,7 +189,7 @@ ROPE_ATTENTION = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("q", "k", "v"),
-    backends={"reference": "reference:rope_attention"},
+    backends={"reference": "reference:rope_attention", "cuda": "native:rope_attention"},
     check=lambda a, letters: _check_attention("rope_attention", a, letters),
     bad_calls=_BAD,
 )
@@ -248,7 +248,7 @@ ROPE_ATTENTION_ROTATE = Op(
     exact=lambda a: False,
     plain=rope_attention_rotate,
     differentiable=("x",),
-    backends={"reference": "reference:rope_attention_rotate"},
+    backends={"reference": "reference:rope_attention_rotate", "cuda": "native:rope_attention_rotate"},
     check=lambda a, letters: _check_sections("rope_attention_rotate", a, letters),
     bad_calls=(
         BadCall("sections_sum", lambda a: {**a, "sections": [18, 17]}, ValueError, ("sections", "D/2 = 36")),
