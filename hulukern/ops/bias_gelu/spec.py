@@ -88,7 +88,7 @@ BIAS_GELU = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("x", "bias"),
-    backends={"reference": "reference:bias_gelu"},
+    backends={"reference": "reference:bias_gelu", "cuda": "native:bias_gelu"},
     check=lambda a, _: _check("bias_gelu", a),
     bad_calls=_BAD,
 )
@@ -106,7 +106,7 @@ BIAS_GELU_BACKWARD = Op(
     reduction=lambda a: max(4, a["x"].shape[0]),
     exact=lambda a: False,
     plain=_plain_backward,
-    backends={"reference": "reference:bias_gelu_backward"},
+    backends={"reference": "reference:bias_gelu_backward", "cuda": "native:bias_gelu_backward"},
     check=lambda a, _: _check("bias_gelu_backward", a),
     bad_calls=_BAD,
 )

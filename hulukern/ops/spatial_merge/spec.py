@@ -145,7 +145,7 @@ SPATIAL_MERGE = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("x", "weight", "bias"),
-    backends={"reference": "reference:spatial_merge"},
+    backends={"reference": "reference:spatial_merge", "cuda": "native:spatial_merge"},
     check=_check,
     bad_calls=(
         BadCall("rows", lambda a: {**a, "x": a["x"][1:]}, ValueError, ("x", "N=", "merge_size**2")),
@@ -186,7 +186,7 @@ SPATIAL_MERGE_BACKWARD = Op(
     reduction=lambda a: max(a["x"].shape),
     exact=lambda a: False,
     plain=_plain_backward,
-    backends={"reference": "reference:spatial_merge_backward"},
+    backends={"reference": "reference:spatial_merge_backward", "cuda": "native:spatial_merge_backward"},
     check=_check_backward,
     bad_calls=(
         BadCall("grad_dtype", lambda a: {**a, "grad": a["grad"].half()}, TypeError, ("grad", "as x")),
