@@ -174,11 +174,12 @@ PYBIND11_MODULE(_C, m) {
     const OptionalView c(cu_seqlens);
     run([&] { return hk_token_compact_index(&e, &k, c.get(), &i, &p, &o, &n, n_rows); });
   });
-  m.def("token_compact_rows", [](bool on_cuda, uintptr_t exec, py::handle x, py::handle index, py::handle out) {
-    const hk_exec e = where(on_cuda, exec);
-    const hk_tensor from = view(x), i = view(index), to = view(out);
-    run([&] { return hk_token_compact_rows(&e, &from, &i, &to); });
-  });
+  m.def("token_compact_rows",
+        [](bool on_cuda, uintptr_t exec, py::handle x, py::handle index, py::handle out, int64_t fill) {
+          const hk_exec e = where(on_cuda, exec);
+          const hk_tensor from = view(x), i = view(index), to = view(out);
+          run([&] { return hk_token_compact_rows(&e, &from, &i, &to, &fill); });
+        });
   m.def("token_compact_rows_backward",
         [](bool on_cuda, uintptr_t exec, py::handle grad_out, py::handle index, py::handle grad_x) {
           const hk_exec e = where(on_cuda, exec);

@@ -14,6 +14,12 @@ namespace hk {
 
 constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
 
+// A value for a generic lambda to make a template argument of.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -114,11 +114,7 @@ struct Alignment {
 
 constexpr int kMaxWarpPacks = 256;  // a row of more belongs to 8 warps
 
-// function(dtype, bytes of a pack, warps of a group), each as an integral constant.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
+// function(dtype, bytes of a pack, warps of a group), each a Constant.
 template <int kDtype, class Function>
 void with_pack(bool packs, int64_t row_bytes, const Function& function) {
   if (packs && row_bytes / 16 > kMaxWarpPacks) return function(Constant<kDtype>{}, Constant<16>{}, Constant<8>{});

@@ -120,12 +120,15 @@ HK_API int hk_token_score_frames(const hk_exec* exec, const hk_tensor* frames, c
  *   position_ids [B] i64  place within its sequence, then 0
  *   cu_seqlens_out [S+1] i32 and count [1] i64 (the true K, also when K > B)
  *   cu_seqlens   [S+1] i32: rows of sequence s are cu_seqlens[s] .. cu_seqlens[s+1]; NULL is one sequence
- * _rows: out[b] = x[index[b]]; out rows with index -1 are left alone.
+ *   On CUDA the values of keep (rows) and cu_seqlens are the caller's word.
+ * _rows: out[b] = x[index[b]]; elements of rows with index -1 become *fill on CUDA, and are left alone on the
+ *   CPU or if fill (host memory) is NULL.
  * _rows_backward: grad_x = 0, then grad_x[index[b]] = grad_out[b]. */
 HK_API int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep, const hk_tensor* cu_seqlens,
                                   const hk_tensor* index, const hk_tensor* position_ids,
                                   const hk_tensor* cu_seqlens_out, const hk_tensor* count, int64_t n_rows);
-HK_API int hk_token_compact_rows(const hk_exec* exec, const hk_tensor* x, const hk_tensor* index, const hk_tensor* out);
+HK_API int hk_token_compact_rows(const hk_exec* exec, const hk_tensor* x, const hk_tensor* index, const hk_tensor* out,
+                                 const int64_t* fill);
 HK_API int hk_token_compact_rows_backward(const hk_exec* exec, const hk_tensor* grad_out, const hk_tensor* index,
                                           const hk_tensor* grad_x);
 

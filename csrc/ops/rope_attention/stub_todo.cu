@@ -1,7 +1,6 @@
 #include "cpu/status.h"
 #include "ops/patch_embed/patch_embed.h"
 #include "ops/rope_attention/rope_attention.h"
-#include "ops/token_compact/token_compact.h"
 namespace hk {
 #define STUB(f, A)                                                        \
   int f##_cuda(const A&, void*) {                                         \
@@ -10,6 +9,4 @@ namespace hk {
 STUB(rope_attention_backward, RopeAttentionBackwardArgs)
 STUB(patch_embed_normalize, PatchEmbedNormalizeArgs)
 STUB(patch_embed_cut, PatchEmbedCutArgs)
-STUB(token_compact_index, TokenCompactIndexArgs)
-STUB(token_compact_rows, TokenCompactRowsArgs)
 }  // namespace hk
