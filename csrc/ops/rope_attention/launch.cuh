@@ -3,6 +3,7 @@
 
 #include "device/launch.cuh"
 #include "ops/rope_attention/rotate.cuh"
+#include "ops/rope_attention/tiles.cuh"
 
 namespace hk {
 
@@ -21,6 +22,10 @@ inline int check_packed(const char* op, const char* name, const Heads& heads, in
   HK_REQUIRE(N * A == 0 || offsets % 16 == 0,
              "%s: %s has rows at addresses not divisible by 16, expected that they are", op, name);
   return HK_OK;
+}
+
+inline HeadRows in_bytes(const Heads& heads, int64_t size) {
+  return {static_cast<const unsigned char*>(heads.data), heads.row * size, heads.head * size};
 }
 
 inline Heads dense_heads(void* data, int64_t A, int32_t D) {

@@ -6,10 +6,6 @@
 namespace hk {
 namespace {
 
-HeadRows in_bytes(const Heads& heads, int64_t size) {
-  return {static_cast<const unsigned char*>(heads.data), heads.row * size, heads.head * size};
-}
-
 template <int kDtype, int kD>
 void launch_forward(const RopeAttentionArgs& args, cudaStream_t stream) {
   const AttentionWalk walk = {in_bytes(args.q, 2),

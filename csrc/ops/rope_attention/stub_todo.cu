@@ -6,7 +6,6 @@ namespace hk {
   int f##_cuda(const A&, void*) {                                         \
     return fail(HK_UNSUPPORTED, "%s: no CUDA kernel is written yet", #f); \
   }
-STUB(rope_attention_backward, RopeAttentionBackwardArgs)
 STUB(patch_embed_normalize, PatchEmbedNormalizeArgs)
 STUB(patch_embed_cut, PatchEmbedCutArgs)
 }  // namespace hk

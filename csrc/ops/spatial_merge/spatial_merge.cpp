@@ -24,7 +24,7 @@ static int check_cells(const char* op, const hk_exec* exec, const hk_tensor* x, 
   HK_RETURN_IF_ERROR(check_dense(op, "keep", keep, 1));
   *kept = keep->shape[0];
   const int64_t* at = static_cast<const int64_t*>(keep->data);
-  for (int64_t k = 0; exec->device == HK_CPU && k < *kept; ++k)
+  for (int64_t k = 0; values_on_host(exec) && k < *kept; ++k)
     HK_REQUIRE(at[k] >= 0 && at[k] < cells && (k == 0 || at[k] > at[k - 1]),
                "%s: keep has cell %lld at %lld, expected strictly increasing ones below N / merge_size**2 = %lld", op,
                (long long)at[k], (long long)k, (long long)cells);

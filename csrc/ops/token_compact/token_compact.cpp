@@ -45,7 +45,7 @@ static int copy_rows(const char* op, const hk_exec* exec, const hk_tensor* from,
   HK_RETURN_IF_ERROR(check_shape(op, gather ? to_name : from_name, compact, 0, index->shape[0], "B"));
   const int64_t* rows = static_cast<const int64_t*>(index->data);
   const int64_t n = (gather ? from : to)->shape[0];
-  for (int64_t b = 0; exec->device == HK_CPU && b < index->shape[0]; ++b)
+  for (int64_t b = 0; values_on_host(exec) && b < index->shape[0]; ++b)
     HK_REQUIRE(rows[b] >= -1 && rows[b] < n, "%s: index has value %lld at %lld, expected -1 or below N=%lld", op,
                (long long)rows[b], (long long)b, (long long)n);
   const int64_t size = dtype_size(from->dtype);
@@ -84,7 +84,7 @@ extern "C" int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep
              (long long)n_rows);
   const int32_t one_sequence[] = {0, static_cast<int32_t>(n_rows)};
   const hk_tensor whole = {const_cast<int32_t*>(one_sequence), HK_I32, 1, {2}, {1}};
-  const bool on_host = exec->device == HK_CPU, one = cu_seqlens == nullptr;
+  const bool on_host = values_on_host(exec), one = cu_seqlens == nullptr;
   if (one) cu_seqlens = &whole;
   HK_RETURN_IF_ERROR(check_cu_seqlens(op, "cu_seqlens", cu_seqlens));
   HK_RETURN_IF_ERROR(check_cu_seqlens(op, "cu_seqlens_out", cu_seqlens_out));
@@ -112,7 +112,7 @@ extern "C" int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep
                                 is_mask ? nullptr : rows,
                                 n_rows,
                                 is_mask ? 0 : keep->shape[0],
-                                on_host || !one ? ends : nullptr,
+                                exec->device == HK_CPU || !one ? ends : nullptr,
                                 S,
                                 static_cast<int64_t*>(index->data),
                                 static_cast<int64_t*>(position_ids->data),

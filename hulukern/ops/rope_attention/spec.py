@@ -216,7 +216,7 @@ ROPE_ATTENTION_BACKWARD = Op(
     reduction=lambda a: int(a["q"].shape[2]) + int(a["k"].shape[0]) + int(a["q"].shape[0]),
     exact=lambda a: False,
     plain=_plain_backward,
-    backends={"reference": "reference:rope_attention_backward"},
+    backends={"reference": "reference:rope_attention_backward", "cuda": "native:rope_attention_backward"},
     check=lambda a, letters: _check_attention("rope_attention_backward", a, letters),
     bad_calls=(
         *_BAD,
