@@ -22,6 +22,8 @@ ScoreWalk make_walk(const TokenScoreArgs& args) {
   walk.stride_y = v.stride_y * size;
   walk.stride_x = v.stride_x * size;
   walk.stride_run = one_run ? 0 : v.stride_run * size;
+  walk.previous = args.previous * size;
+  walk.has_previous = args.has_previous;
   walk.T = v.T;
   walk.cells = v.cells_y * v.cells_x;
   walk.cells_x = v.cells_x;
@@ -39,6 +41,7 @@ int load_bytes(const ScoreWalk& walk, int64_t cells_y) {
   uint64_t offsets =
       reinterpret_cast<uintptr_t>(walk.data) | static_cast<uint64_t>(walk.packs_per_run | walk.stride_run);
   if (walk.T > 1) offsets |= static_cast<uint64_t>(walk.stride_t);
+  if (walk.has_previous) offsets |= static_cast<uint64_t>(walk.previous);
   if (walk.cells_x > 1) offsets |= static_cast<uint64_t>(walk.stride_x);
   if (cells_y > 1) offsets |= static_cast<uint64_t>(walk.stride_y);
   int bytes = 16;

@@ -27,7 +27,9 @@ struct ScoreWalk {
   const unsigned char* data;
   int64_t stride_t, stride_y, stride_x, stride_run;
   int64_t T, cells, cells_x;
-  int64_t chunk;  // versions per blockIdx.y
+  int64_t chunk;     // versions per blockIdx.y
+  int64_t previous;  // of the version before the first, if there is one
+  int32_t has_previous;
   int32_t packs, packs_per_run;
   ScoreWindow windows[kMaxWindows];
   int32_t n_windows;
@@ -102,6 +104,14 @@ __device__ __forceinline__ const unsigned char* cell_start(const ScoreWalk& walk
   return walk.data + cell / walk.cells_x * walk.stride_y + cell % walk.cells_x * walk.stride_x;
 }
 
+// The first version of a chunk that has a score, and where a version begins; -1 is the one before the first.
+__device__ __forceinline__ int64_t first_scored(const ScoreWalk& walk, int64_t begin) {
+  return begin > 0 || walk.has_previous ? begin : 1;
+}
+__device__ __forceinline__ int64_t version_start(const ScoreWalk& walk, int64_t t) {
+  return t < 0 ? walk.previous : t * walk.stride_t;
+}
+
 template <int kBytes>
 __device__ __forceinline__ int64_t pack_offset(const ScoreWalk& walk, int pack) {
   return pack / walk.packs_per_run * walk.stride_run + pack % walk.packs_per_run * kBytes;
@@ -133,13 +143,13 @@ __global__ void __launch_bounds__(kMaxScoreThreads, 1) score_cells(const ScoreWa
 
   for (int64_t cell = blockIdx.x; cell < walk.cells; cell += gridDim.x) {
     const unsigned char* data = cell_start(walk, cell);
-    const int64_t first = begin > 0 ? begin : 1;
+    const int64_t first = first_scored(walk, begin);
     Pack<kBytes> reference[kPacks], version[kDepth][kPacks];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i)
       reference[i] =
-          offset[i] < 0 ? zero_pack<kBytes>() : load_pack<kBytes>(data + (first - 1) * walk.stride_t + offset[i]);
-    if (begin == 0 && threadIdx.x == 0) store_value(walk.scores + cell, kInfinity);
+          offset[i] < 0 ? zero_pack<kBytes>() : load_pack<kBytes>(data + version_start(walk, first - 1) + offset[i]);
+    if (first > begin && threadIdx.x == 0) store_value(walk.scores + cell, kInfinity);
 
     for (int64_t t = first; t < end; t += kDepth) {
 #pragma unroll
@@ -198,15 +208,15 @@ __global__ void __launch_bounds__(kMaxScoreThreads) score_large_cells(const Scor
 
   for (int64_t cell = blockIdx.x; cell < walk.cells; cell += gridDim.x) {
     const unsigned char* data = cell_start(walk, cell);
-    int64_t t = begin > 0 ? begin : 1, reference = t - 1;
-    if (begin == 0 && threadIdx.x == 0) store_value(walk.scores + cell, kInfinity);
+    int64_t t = first_scored(walk, begin), reference = t - 1;
+    if (t > begin && threadIdx.x == 0) store_value(walk.scores + cell, kInfinity);
     for (; t < end; ++t) {
       for (int w = 0; w < (kDtype == HK_I16 ? walk.n_windows : 1); ++w) {
         Large sum = 0;
         for (int pack = threadIdx.x; pack < walk.packs; pack += blockDim.x) {
           const unsigned char* at = data + pack_offset<kBytes>(walk, pack);
           sum += add_pack<kDtype>(typename Diff<kDtype>::Sum(0), load_pack<kBytes>(at + t * walk.stride_t),
-                                  load_pack<kBytes>(at + reference * walk.stride_t), walk.windows[w]);
+                                  load_pack<kBytes>(at + version_start(walk, reference)), walk.windows[w]);
         }
         sum = warp_sum(sum);
         if (lane == 0) partial.set((set * kWindows + w) * kMaxScoreWarps + warp, sum);

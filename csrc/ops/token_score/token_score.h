@@ -34,6 +34,8 @@ struct TokenScoreArgs {
   float threshold;  // kept only
   float* scores;    // [T, cells_y * cells_x]
   int32_t num_threads;
+  int64_t previous;      // CUDA: offset of the version before the first, in elements
+  int32_t has_previous;  // else the first scores +inf
 };
 
 // Cells of side x side pixels of frames [T, H, W, C].
