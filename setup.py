@@ -1,7 +1,8 @@
 """A bridge to CMake, and nothing else: no network, no GPU probing, no torch.
 
 CMakeLists.txt decides what is built (CUDA kernels when nvcc is on PATH). HULUKERN_CMAKE_ARGS passes
-more options on, e.g. HULUKERN_CMAKE_ARGS="-DHULUKERN_CUDA=OFF".
+more options on, e.g. HULUKERN_CMAKE_ARGS="-DHULUKERN_CUDA=OFF". A build in place, which is what tests run
+on, also gets the CUDA simulator.
 """
 
 import os
@@ -26,11 +27,13 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
         if not (build / "CMakeCache.txt").exists() and shutil.which("ninja"):
             configure += ["-G", "Ninja"]
+        configure.append(f"-DHULUKERN_SIM={'ON' if self.inplace else 'OFF'}")
         configure += shlex.split(os.environ.get("HULUKERN_CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count())], check=True)
-        install = ["cmake", "--install", str(build), "--prefix", str(prefix), "--component", "hulukern"]
-        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+        for component in ("hulukern", "simulator") if self.inplace else ("hulukern",):
+            install = ["cmake", "--install", str(build), "--prefix", str(prefix), "--component", component]
+            subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
 
 
 setup(ext_modules=[Extension("hulukern._C", [])], cmdclass={"build_ext": CMakeBuild})

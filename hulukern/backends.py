@@ -1,12 +1,21 @@
 """Which code runs an op, and why another does not. A backend is named or chosen by device, never
-swapped silently: what cannot run raises with the reason."""
+swapped silently: what cannot run raises with the reason.
+
+HULUKERN_SIM=1 makes ``backend="cuda"`` take CPU tensors and run the CUDA kernels on the host, checked access by
+access: for tests, on machines without a GPU. It loads another library of the same ABI, which a build in a
+checkout makes."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +28,37 @@ class BackendUnavailable(RuntimeError):
     """The named backend cannot run here; the message says why."""
 
 
+# True while a CUDA backend runs on CPU tensors.
+on_simulator: ContextVar[bool] = ContextVar("on_simulator", default=False)
+
+
+def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a CUDA backend, run by the simulator."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        token = on_simulator.set(True)
+        try:
+            return function(*arguments)
+        finally:
+            on_simulator.reset(token)
+
+    return run
+
+
+def simulating() -> bool:
+    """Whether the CUDA backend is to run on the host."""
+    return os.environ.get("HULUKERN_SIM") == "1"
+
+
 @functools.cache
 def native_error() -> str:
     """Why the compiled module cannot be used; empty when it can."""
+    try:
+        if simulating():  # its functions, loaded first and for all, stand in for the library's
+            ctypes.CDLL(str(Path(__file__).parent / "lib" / "libhulukern_sim.so"), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return f"HULUKERN_SIM=1, but the simulator is not built ({error}); run `make build`"
     try:
         from hulukern import _C
     except ImportError as error:
@@ -57,16 +94,21 @@ def unavailable(backend: str) -> str:
 
         if _C.cuda_absent_reason:
             return f"the library has no CUDA kernels: {_C.cuda_absent_reason}"
+        if simulating():
+            return "" if _C.cuda_archs == "simulated" else "HULUKERN_SIM=1 was set after the library was loaded"
         return "" if torch.cuda.is_available() else "no CUDA device"
     return f"no such backend, expected one of {', '.join(BACKENDS)}"
 
 
 def runs_on(backend: str, device_type: str) -> bool:
-    """Whether the backend takes tensors of this device type (interpreted Triton takes CPU tensors)."""
+    """Whether the backend takes tensors of this device type (interpreted Triton and simulated CUDA
+    take CPU tensors)."""
     if backend == "reference":
         return True
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return True
+    if backend == "cuda" and simulating():
+        return device_type == "cpu"
     return device_type == ("cpu" if backend == "cpu" else "cuda")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hulukern.backends import BACKENDS, native_error, unavailable
+from hulukern.backends import BACKENDS, native_error, simulating, unavailable
 from hulukern.registry import OPS
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "cupy-cuda13x", "pybind11", "ninja", "pytest-benchmark")
@@ -91,6 +91,7 @@ def _native() -> dict[str, Any]:
         "cpu_level": _C.cpu_level(),
         "openmp": _C.openmp,
         "cuda": _C.cuda_archs or f"absent: {_C.cuda_absent_reason}",
+        "simulator": "HULUKERN_SIM=1: backend cuda runs on CPU tensors" if simulating() else "off (HULUKERN_SIM=1)",
     }
 
 

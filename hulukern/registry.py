@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hulukern.backends import BackendUnavailable, choose, runs_on, unavailable
+from hulukern.backends import BackendUnavailable, choose, on_the_host, runs_on, simulating, unavailable
 from hulukern.spec import Op
 from hulukern.validation import check_arguments, fail
 
@@ -62,6 +62,8 @@ class RegisteredOp:
             raise BackendUnavailable(f"{self.spec.name}: backend {name!r} cannot run: {reason}")
         module, _, attribute = self.spec.backends[name].partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
+        if name == "cuda" and simulating():
+            function = on_the_host(function)
         self.implementations[name] = function
         return function
 

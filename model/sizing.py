@@ -73,7 +73,7 @@ def resize_frames(clip: Clip, size: tuple[int, int]) -> Pixels:
     if not native_error():
         from hulukern.ops.patch_embed.native import patch_embed_resize
 
-        frames = torch.from_numpy(np.require(clip.frames, requirements="CW"))  # torch takes no read-only array
+        frames = torch.from_numpy(np.require(clip.frames, requirements=["C", "W"]))  # torch takes no read-only array
         return patch_embed_resize(frames, *size).numpy()
     from PIL import Image
 

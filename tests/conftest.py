@@ -1,8 +1,9 @@
-"""Triton is interpreted where there is no GPU; one switch turns every skip into a failure."""
+"""Triton is interpreted and CUDA simulated where there is no GPU; one switch turns every skip into a failure."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+    if (Path(__file__).parents[1] / "hulukern/lib/libhulukern_sim.so").exists():
+        os.environ.setdefault("HULUKERN_SIM", "1")  # read when the native library is first loaded
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -180,11 +180,12 @@ PYBIND11_MODULE(_C, m) {
     const OptionalView c(cu_seqlens);
     run([&] { return hk_token_compact_index(&e, &k, c.get(), &i, &p, &o, &n, n_rows); });
   });
-  m.def("token_compact_rows", [](bool on_cuda, uintptr_t exec, py::handle x, py::handle index, py::handle out) {
-    const hk_exec e = where(on_cuda, exec);
-    const hk_tensor from = view(x), i = view(index), to = view(out);
-    run([&] { return hk_token_compact_rows(&e, &from, &i, &to); });
-  });
+  m.def("token_compact_rows",
+        [](bool on_cuda, uintptr_t exec, py::handle x, py::handle index, py::handle out, int64_t fill) {
+          const hk_exec e = where(on_cuda, exec);
+          const hk_tensor from = view(x), i = view(index), to = view(out);
+          run([&] { return hk_token_compact_rows(&e, &from, &i, &to, &fill); });
+        });
   m.def("token_compact_rows_backward",
         [](bool on_cuda, uintptr_t exec, py::handle grad_out, py::handle index, py::handle grad_x) {
           const hk_exec e = where(on_cuda, exec);
@@ -247,30 +248,33 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_attention",
         [](bool on_cuda, uintptr_t exec, py::handle q, py::handle k, py::handle v, py::handle positions_q,
            py::handle positions_k, py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::handle out, py::handle lse,
-           const std::vector<int32_t>& sections, double theta, double scale) {
+           py::handle k_rotated, const std::vector<int32_t>& sections, double theta, double scale) {
           const hk_exec e = where(on_cuda, exec);
           const hk_tensor a = view(q), b = view(k), c = view(v), o = view(out), l = view(lse);
           const hk_tensor pq = view(positions_q), pk = view(positions_k);
           const hk_tensor eq = view(cu_seqlens_q), ek = view(cu_seqlens_k);
+          const OptionalView kr(k_rotated);
           const hk_rope rope = rope_of(sections, theta);
-          run([&] { return hk_rope_attention(&e, &a, &b, &c, &pq, &pk, &eq, &ek, &o, &l, &rope, scale); });
+          run([&] { return hk_rope_attention(&e, &a, &b, &c, &pq, &pk, &eq, &ek, &o, &l, kr.get(), &rope, scale); });
         });
-  m.def("rope_attention_backward",
-        [](bool on_cuda, uintptr_t exec, py::handle grad, py::handle q, py::handle k, py::handle v, py::handle out,
-           py::handle lse, py::handle positions_q, py::handle positions_k, py::handle cu_seqlens_q,
-           py::handle cu_seqlens_k, py::handle grad_q, py::handle grad_k, py::handle grad_v, py::handle delta,
-           const std::vector<int32_t>& sections, double theta, double scale) {
-          const hk_exec e = where(on_cuda, exec);
-          const hk_tensor g = view(grad), a = view(q), b = view(k), c = view(v), o = view(out), l = view(lse);
-          const hk_tensor pq = view(positions_q), pk = view(positions_k);
-          const hk_tensor eq = view(cu_seqlens_q), ek = view(cu_seqlens_k);
-          const hk_tensor gq = view(grad_q), gk = view(grad_k), gv = view(grad_v), d = view(delta);
-          const hk_rope rope = rope_of(sections, theta);
-          run([&] {
-            return hk_rope_attention_backward(&e, &g, &a, &b, &c, &o, &l, &pq, &pk, &eq, &ek, &gq, &gk, &gv, &d, &rope,
-                                              scale);
-          });
+  m.def(
+      "rope_attention_backward",
+      [](bool on_cuda, uintptr_t exec, py::handle grad, py::handle q, py::handle k, py::handle v, py::handle out,
+         py::handle lse, py::handle positions_q, py::handle positions_k, py::handle cu_seqlens_q,
+         py::handle cu_seqlens_k, py::handle grad_q, py::handle grad_k, py::handle grad_v, py::handle delta,
+         py::handle q_rotated, py::handle k_rotated, const std::vector<int32_t>& sections, double theta, double scale) {
+        const hk_exec e = where(on_cuda, exec);
+        const hk_tensor g = view(grad), a = view(q), b = view(k), c = view(v), o = view(out), l = view(lse);
+        const hk_tensor pq = view(positions_q), pk = view(positions_k);
+        const hk_tensor eq = view(cu_seqlens_q), ek = view(cu_seqlens_k);
+        const hk_tensor gq = view(grad_q), gk = view(grad_k), gv = view(grad_v), d = view(delta);
+        const OptionalView qr(q_rotated), kr(k_rotated);
+        const hk_rope rope = rope_of(sections, theta);
+        run([&] {
+          return hk_rope_attention_backward(&e, &g, &a, &b, &c, &o, &l, &pq, &pk, &eq, &ek, &gq, &gk, &gv, &d, qr.get(),
+                                            kr.get(), &rope, scale);
         });
+      });
   m.def("rope_attention_rotate", [](bool on_cuda, uintptr_t exec, py::handle x, py::handle positions, py::handle out,
                                     const std::vector<int32_t>& sections, double theta, bool inverse) {
     const hk_exec e = where(on_cuda, exec);

@@ -90,10 +90,19 @@ int hk_openmp(void) {
   return 0;
 #endif
 }
+#ifdef HK_SIM
+const char* hk_cuda_archs(void) {
+  return "simulated";
+}
+const char* hk_cuda_absent_reason(void) {
+  return "";
+}
+#else
 const char* hk_cuda_archs(void) {
   return HK_CUDA_ARCHS;
 }
 const char* hk_cuda_absent_reason(void) {
   return HK_CUDA_ABSENT;
 }
+#endif
 }

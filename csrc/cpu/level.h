@@ -51,3 +51,20 @@ int check_cpu_level(const char* op);
 #define HK_DECLARE_CPU_BF16 HK_DECLARE_CPU
 #define HK_DISPATCH_CPU_BF16 HK_DISPATCH_CPU
 #endif
+
+// The CUDA launcher behind an op's arguments: checks what only it needs, launches, returns an hk_status.
+#define HK_DECLARE_CUDA(function, Args)                \
+  namespace hk {                                       \
+  int function##_cuda(const Args& args, void* stream); \
+  }
+
+// On the device that `exec` names; check_device has said whether it may.
+#ifdef HK_WITH_CUDA
+#define HK_DISPATCH(function, args) \
+  (exec->device == HK_CUDA ? hk::function##_cuda(args, exec->stream) : HK_DISPATCH_CPU(function, args))
+#define HK_DISPATCH_BF16(function, args) \
+  (exec->device == HK_CUDA ? hk::function##_cuda(args, exec->stream) : HK_DISPATCH_CPU_BF16(function, args))
+#else
+#define HK_DISPATCH HK_DISPATCH_CPU
+#define HK_DISPATCH_BF16 HK_DISPATCH_CPU_BF16
+#endif

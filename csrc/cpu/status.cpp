@@ -5,6 +5,9 @@
 #include <cstdio>
 
 #include "cpu/level.h"
+#ifdef HK_SIM
+#include "sim/memory.h"
+#endif
 
 namespace hk {
 
@@ -29,6 +32,9 @@ int64_t dtype_size(int32_t dtype) {
 }
 
 int check_exec(const char* op, const hk_exec* exec) {
+#ifdef HK_SIM
+  sim::forget_tensors();
+#endif
   HK_REQUIRE(exec != nullptr, "%s: exec is NULL, expected an hk_exec", op);
   HK_REQUIRE(exec->device == HK_CPU || exec->device == HK_CUDA,
              "%s: exec has device %d, expected HK_CPU (0) or HK_CUDA (1)", op, exec->device);
@@ -37,11 +43,14 @@ int check_exec(const char* op, const hk_exec* exec) {
   return HK_OK;
 }
 
-int check_cpu(const char* op, const hk_exec* exec) {
+int check_device(const char* op, const hk_exec* exec) {
   HK_RETURN_IF_ERROR(check_exec(op, exec));
-  if (exec->device != HK_CPU)
-    return fail(HK_UNSUPPORTED, "%s: exec has device cuda, expected cpu: no CUDA kernel is written yet", op);
-  return check_cpu_level(op);
+  if (exec->device == HK_CPU) return check_cpu_level(op);
+#ifdef HK_WITH_CUDA
+  return HK_OK;
+#else
+  return fail(HK_UNSUPPORTED, "%s: exec has device cuda, expected cpu: %s", op, hk_cuda_absent_reason());
+#endif
 }
 
 int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim) {
@@ -55,6 +64,9 @@ int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim)
   }
   HK_REQUIRE(numel == 0 || t->data != nullptr, "%s: %s has no data, expected %lld elements", op, name,
              (long long)numel);
+#ifdef HK_SIM
+  sim::register_tensor(name, *t);
+#endif
   return HK_OK;
 }
 

@@ -24,8 +24,16 @@ int64_t dtype_size(int32_t dtype);
   } while (0)
 
 int check_exec(const char* op, const hk_exec* exec);
-// For ops that have CPU kernels only: exec must name the CPU, and the CPU level be usable.
-int check_cpu(const char* op, const hk_exec* exec);
+// What exec names must be built in, and the CPU level be usable.
+int check_device(const char* op, const hk_exec* exec);
+// Whether a call may look into its tensors: on CUDA that would stall the stream, unless it is simulated.
+inline bool values_on_host(const hk_exec* exec) {
+#ifdef HK_SIM
+  return true;
+#else
+  return exec->device == HK_CPU;
+#endif
+}
 int check_tensor(const char* op, const char* name, const hk_tensor* t, int ndim);
 int check_shape(const char* op, const char* name, const hk_tensor* t, int dim, int64_t expected, const char* letter);
 int check_float(const char* op, const char* name, const hk_tensor* t);

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hulukern.backends import on_simulator
 from hulukern.spec import Arguments
 from hulukern.validation import dtype_name, fail
 
@@ -107,12 +108,28 @@ def native_target(x: torch.Tensor) -> tuple[bool, int]:
     """Where a native launcher runs: (on CUDA, its stream) or (False, threads to use)."""
     if x.is_cuda:
         return True, torch.cuda.current_stream(x.device).cuda_stream
+    if on_simulator.get():
+        return True, 0
     return False, torch.get_num_threads()
 
 
-def row_stretches(n_rows: int) -> int:
-    """In how many stretches a backward sums rows: fixed by the shape, so that threads don't change the bits."""
-    return max(1, min(32, n_rows // 64))
+def packed_rows(x: torch.Tensor, inner: int) -> torch.Tensor:
+    """``rows_dense``, and on CUDA with every row at a multiple of 16 bytes, as kernels that read packs ask."""
+    x = rows_dense(x, inner)
+    if not native_target(x)[0] or x.numel() == 0:
+        return x
+    size = x.element_size()
+    outer = [x.stride(d) for d in range(x.dim() - inner) if x.shape[d] > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in outer)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def row_stretches(n_rows: int, on_cuda: bool) -> int:
+    """In how many stretches a backward sums rows: fixed by the shape, so that threads don't change the bits.
+
+    A stretch is a block on CUDA, hence more of them: four for each of 132 multiprocessors, of 8 rows or more.
+    """
+    return max(1, min(528, n_rows // 8) if on_cuda else min(32, n_rows // 64))
 
 
 def check_same_dtype(op: str, arguments: Arguments, name: str, like: str) -> None:

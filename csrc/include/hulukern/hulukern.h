@@ -69,7 +69,8 @@ HK_API const char* hk_last_error(void);
 HK_API const char* hk_cpu_level(void);
 /* 1 if CPU kernels were built with OpenMP, else 0 (num_threads is then ignored). */
 HK_API int hk_openmp(void);
-/* "" when CUDA kernels were left out of this build, else their architectures, "80;90a;...". */
+/* "" when CUDA kernels were left out of this build, else their architectures, "80;90a;..."; "simulated"
+ * when this is the test library that runs them on the host. */
 HK_API const char* hk_cuda_archs(void);
 /* Why the build has no CUDA kernels; "" when it has them. */
 HK_API const char* hk_cuda_absent_reason(void);
@@ -123,12 +124,15 @@ HK_API int hk_token_score_frames(const hk_exec* exec, const hk_tensor* frames, c
  *   position_ids [B] i64  place within its sequence, then 0
  *   cu_seqlens_out [S+1] i32 and count [1] i64 (the true K, also when K > B)
  *   cu_seqlens   [S+1] i32: rows of sequence s are cu_seqlens[s] .. cu_seqlens[s+1]; NULL is one sequence
- * _rows: out[b] = x[index[b]]; out rows with index -1 are left alone.
+ *   On CUDA the values of keep (rows) and cu_seqlens are the caller's word.
+ * _rows: out[b] = x[index[b]]; elements of rows with index -1 become *fill on CUDA, and are left alone on the
+ *   CPU or if fill (host memory) is NULL.
  * _rows_backward: grad_x = 0, then grad_x[index[b]] = grad_out[b]. */
 HK_API int hk_token_compact_index(const hk_exec* exec, const hk_tensor* keep, const hk_tensor* cu_seqlens,
                                   const hk_tensor* index, const hk_tensor* position_ids,
                                   const hk_tensor* cu_seqlens_out, const hk_tensor* count, int64_t n_rows);
-HK_API int hk_token_compact_rows(const hk_exec* exec, const hk_tensor* x, const hk_tensor* index, const hk_tensor* out);
+HK_API int hk_token_compact_rows(const hk_exec* exec, const hk_tensor* x, const hk_tensor* index, const hk_tensor* out,
+                                 const int64_t* fill);
 HK_API int hk_token_compact_rows_backward(const hk_exec* exec, const hk_tensor* grad_out, const hk_tensor* index,
                                           const hk_tensor* grad_x);
 
@@ -141,6 +145,7 @@ HK_API int hk_token_compact_rows_backward(const hk_exec* exec, const hk_tensor* 
  *                                 Checked on the CPU, on CUDA the caller's word
  *   lse                           [A, Nq] f32, natural log; -inf where a sequence has no keys (out is 0)
  *   delta                         [A, Nq] f32 scratch of the backward: sum of grad * out
+ *   q_rotated, k_rotated          like q and k, dense: scratch of CUDA calls, NULL on the CPU
  * Pair i of the n of an axis turns by position / theta^(i/n) and joins dimensions j and j + D/2, j the
  * pair's number over all axes. D <= 256 and even.
  * _rotate: out = x [N, A, D] turned by positions [N, axes], or back if inverse. */
@@ -152,13 +157,14 @@ typedef struct hk_rope {
 HK_API int hk_rope_attention(const hk_exec* exec, const hk_tensor* q, const hk_tensor* k, const hk_tensor* v,
                              const hk_tensor* positions_q, const hk_tensor* positions_k, const hk_tensor* cu_seqlens_q,
                              const hk_tensor* cu_seqlens_k, const hk_tensor* out, const hk_tensor* lse,
-                             const hk_rope* rope, double scale);
+                             const hk_tensor* k_rotated, const hk_rope* rope, double scale);
 HK_API int hk_rope_attention_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* q,
                                       const hk_tensor* k, const hk_tensor* v, const hk_tensor* out,
                                       const hk_tensor* lse, const hk_tensor* positions_q, const hk_tensor* positions_k,
                                       const hk_tensor* cu_seqlens_q, const hk_tensor* cu_seqlens_k,
                                       const hk_tensor* grad_q, const hk_tensor* grad_k, const hk_tensor* grad_v,
-                                      const hk_tensor* delta, const hk_rope* rope, double scale);
+                                      const hk_tensor* delta, const hk_tensor* q_rotated, const hk_tensor* k_rotated,
+                                      const hk_rope* rope, double scale);
 HK_API int hk_rope_attention_rotate(const hk_exec* exec, const hk_tensor* x, const hk_tensor* positions,
                                     const hk_tensor* out, const hk_rope* rope, int32_t inverse);
 

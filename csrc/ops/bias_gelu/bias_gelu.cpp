@@ -22,7 +22,7 @@ using namespace hk;
 extern "C" int hk_bias_gelu(const hk_exec* exec, const hk_tensor* x, const hk_tensor* bias, const hk_tensor* out,
                             int32_t gelu) {
   const char* op = "bias_gelu";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_inputs(op, x, bias, gelu));
   HK_RETURN_IF_ERROR(check_like(op, "out", out, x->dtype, 2, x->shape, "NE", 1));
   BiasGeluArgs args = {};
@@ -36,14 +36,14 @@ extern "C" int hk_bias_gelu(const hk_exec* exec, const hk_tensor* x, const hk_te
   args.x_stride = x->stride[0];
   args.out_stride = out->stride[0];
   args.num_threads = threads_for(exec, 2 * args.N * args.E * dtype_size(x->dtype));
-  return HK_DISPATCH_CPU(bias_gelu, args);
+  return HK_DISPATCH(bias_gelu, args);
 }
 
 extern "C" int hk_bias_gelu_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* x,
                                      const hk_tensor* bias, const hk_tensor* grad_x, const hk_tensor* grad_bias,
                                      const hk_tensor* partial, int32_t gelu) {
   const char* op = "bias_gelu_backward";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_inputs(op, x, bias, gelu));
   HK_RETURN_IF_ERROR(check_like(op, "grad", grad, x->dtype, 2, x->shape, "NE", 1));
   HK_RETURN_IF_ERROR(check_like(op, "grad_x", grad_x, x->dtype, 2, x->shape, "NE", 1));
@@ -70,5 +70,5 @@ extern "C" int hk_bias_gelu_backward(const hk_exec* exec, const hk_tensor* grad,
   args.x_stride = x->stride[0];
   args.grad_x_stride = grad_x->stride[0];
   args.num_threads = threads_for(exec, 2 * args.N * args.E * dtype_size(x->dtype));
-  return HK_DISPATCH_CPU(bias_gelu_backward, args);
+  return HK_DISPATCH(bias_gelu_backward, args);
 }

@@ -29,3 +29,5 @@ struct BiasGeluBackwardArgs {
 
 HK_DECLARE_CPU(bias_gelu, hk::BiasGeluArgs)
 HK_DECLARE_CPU(bias_gelu_backward, hk::BiasGeluBackwardArgs)
+HK_DECLARE_CUDA(bias_gelu, hk::BiasGeluArgs)
+HK_DECLARE_CUDA(bias_gelu_backward, hk::BiasGeluBackwardArgs)

@@ -9,7 +9,7 @@ extern "C" int hk_layer_norm(const hk_exec* exec, const hk_tensor* x, const hk_t
                              const hk_tensor* weight, const hk_tensor* bias, const hk_tensor* y,
                              const hk_tensor* summed, const hk_tensor* mean, const hk_tensor* rstd, double eps) {
   const char* op = "layer_norm";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "x", x, 2));
   HK_RETURN_IF_ERROR(check_float(op, "x", x));
   HK_RETURN_IF_ERROR(check_dense(op, "x", x, 1));
@@ -49,7 +49,7 @@ extern "C" int hk_layer_norm(const hk_exec* exec, const hk_tensor* x, const hk_t
   args.summed_stride = summed ? summed->stride[0] : 0;
   args.eps = static_cast<float>(eps);
   args.num_threads = threads_for(exec, args.N * args.E * dtype_size(x->dtype));
-  return HK_DISPATCH_CPU(layer_norm, args);
+  return HK_DISPATCH(layer_norm, args);
 }
 
 extern "C" int hk_layer_norm_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* grad_summed,
@@ -57,7 +57,7 @@ extern "C" int hk_layer_norm_backward(const hk_exec* exec, const hk_tensor* grad
                                       const hk_tensor* rstd, const hk_tensor* grad_x, const hk_tensor* grad_weight,
                                       const hk_tensor* grad_bias, const hk_tensor* partial) {
   const char* op = "layer_norm_backward";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "summed", summed, 2));
   HK_RETURN_IF_ERROR(check_float(op, "summed", summed));
   HK_RETURN_IF_ERROR(check_dense(op, "summed", summed, 1));
@@ -99,5 +99,5 @@ extern "C" int hk_layer_norm_backward(const hk_exec* exec, const hk_tensor* grad
   args.summed_stride = summed->stride[0];
   args.grad_x_stride = grad_x->stride[0];
   args.num_threads = threads_for(exec, args.N * args.E * dtype_size(summed->dtype));
-  return HK_DISPATCH_CPU(layer_norm_backward, args);
+  return HK_DISPATCH(layer_norm_backward, args);
 }

@@ -36,3 +36,5 @@ struct LayerNormBackwardArgs {
 
 HK_DECLARE_CPU(layer_norm, hk::LayerNormArgs)
 HK_DECLARE_CPU(layer_norm_backward, hk::LayerNormBackwardArgs)
+HK_DECLARE_CUDA(layer_norm, hk::LayerNormArgs)
+HK_DECLARE_CUDA(layer_norm_backward, hk::LayerNormBackwardArgs)

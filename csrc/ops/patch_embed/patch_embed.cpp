@@ -29,7 +29,7 @@ using namespace hk;
 extern "C" int hk_patch_embed_normalize(const hk_exec* exec, const hk_tensor* patches, const hk_tensor* out,
                                         const hk_cut_options* options) {
   const char* op = "patch_embed";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_REQUIRE(options != nullptr, "%s: options is NULL, expected hk_cut_options", op);
   PatchEmbedNormalizeArgs args = {};
   HK_RETURN_IF_ERROR(read_norm(op, *options, &args.norm));
@@ -51,13 +51,13 @@ extern "C" int hk_patch_embed_normalize(const hk_exec* exec, const hk_tensor* pa
   args.patch_stride = patches->stride[0];
   args.out_stride = out->stride[0];
   args.num_threads = threads_for(exec, args.N * patches->shape[1] * dtype_size(out->dtype));
-  return HK_DISPATCH_CPU(patch_embed_normalize, args);
+  return HK_DISPATCH(patch_embed_normalize, args);
 }
 
 extern "C" int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, const hk_tensor* previous,
                                   const hk_tensor* patches, const hk_tensor* scores, const hk_cut_options* options) {
   const char* op = "patch_embed_cut";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_REQUIRE(options != nullptr, "%s: options is NULL, expected hk_cut_options", op);
   PatchEmbedCutArgs args = {};
   const hk_cut_options& o = *options;
@@ -131,7 +131,7 @@ extern "C" int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, 
   args.score.n_windows = 1;
   args.score.windows[0] = frames->dtype == HK_U8 ? u8_window(args.score.view) : i16_window(args.score.view, o.lo, o.hi);
   args.num_threads = threads_for(exec, patches->shape[0] * patches->shape[1] * dtype_size(patches->dtype));
-  if (HK_DISPATCH_CPU(patch_embed_cut, args) == HK_OUT_OF_MEMORY)
+  if (HK_DISPATCH(patch_embed_cut, args) == HK_OUT_OF_MEMORY)
     return fail(HK_OUT_OF_MEMORY, "%s: a scratch patch of %lld values could not be allocated", op,
                 (long long)(C * o.patch_size * o.patch_size));
   return HK_OK;

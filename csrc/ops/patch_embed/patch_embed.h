@@ -63,3 +63,5 @@ struct PatchEmbedResizeArgs {
 HK_DECLARE_CPU(patch_embed_normalize, hk::PatchEmbedNormalizeArgs)
 HK_DECLARE_CPU(patch_embed_cut, hk::PatchEmbedCutArgs)
 HK_DECLARE_CPU(patch_embed_resize, hk::PatchEmbedResizeArgs)
+HK_DECLARE_CUDA(patch_embed_normalize, hk::PatchEmbedNormalizeArgs)
+HK_DECLARE_CUDA(patch_embed_cut, hk::PatchEmbedCutArgs)

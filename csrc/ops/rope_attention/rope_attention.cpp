@@ -35,6 +35,15 @@ static int check_heads(const char* op, const char* name, const hk_tensor* t, int
   return HK_OK;
 }
 
+// Dense scratch like `of`; not looked at on the CPU.
+static int check_rotated(const char* op, const char* name, const hk_exec* exec, const hk_tensor* t, const hk_tensor* of,
+                         void** data) {
+  if (exec->device == HK_CPU) return HK_OK;
+  HK_RETURN_IF_ERROR(check_like(op, name, t, of->dtype, 3, of->shape, "NAD", 3));
+  *data = t->data;
+  return HK_OK;
+}
+
 static int check_positions(const char* op, const char* name, const hk_tensor* t, int64_t rows, int32_t axes) {
   const int64_t shape[] = {rows, axes};
   return check_like(op, name, t, HK_I32, 2, shape, "Na", 2);
@@ -46,7 +55,7 @@ static int check_ends(const char* op, const char* name, const hk_exec* exec, con
   HK_RETURN_IF_ERROR(check_dense(op, name, t, 1));
   const int64_t S = t->shape[0] - 1;
   HK_REQUIRE(S >= 0, "%s: %s has 0 entries, expected S+1", op, name);
-  if (exec->device != HK_CPU) return HK_OK;
+  if (!values_on_host(exec)) return HK_OK;
   const int32_t* ends = static_cast<const int32_t*>(t->data);
   HK_REQUIRE(ends[0] == 0 && ends[S] == rows, "%s: %s has ends %d .. %d, expected 0 .. N=%lld", op, name, ends[0],
              ends[S], (long long)rows);
@@ -102,13 +111,14 @@ using namespace hk;
 extern "C" int hk_rope_attention(const hk_exec* exec, const hk_tensor* q, const hk_tensor* k, const hk_tensor* v,
                                  const hk_tensor* positions_q, const hk_tensor* positions_k,
                                  const hk_tensor* cu_seqlens_q, const hk_tensor* cu_seqlens_k, const hk_tensor* out,
-                                 const hk_tensor* lse, const hk_rope* rope, double scale) {
+                                 const hk_tensor* lse, const hk_tensor* k_rotated, const hk_rope* rope, double scale) {
   const char* op = "rope_attention";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   RopeAttentionArgs args = {};
   HK_RETURN_IF_ERROR(read_attention(op, exec, q, k, v, positions_q, positions_k, cu_seqlens_q, cu_seqlens_k, out, lse,
                                     rope, scale, &args));
-  return HK_DISPATCH_CPU_BF16(rope_attention, args);
+  HK_RETURN_IF_ERROR(check_rotated(op, "k_rotated", exec, k_rotated, k, &args.k_rotated));
+  return HK_DISPATCH_BF16(rope_attention, args);
 }
 
 extern "C" int hk_rope_attention_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* q,
@@ -117,25 +127,28 @@ extern "C" int hk_rope_attention_backward(const hk_exec* exec, const hk_tensor* 
                                           const hk_tensor* positions_k, const hk_tensor* cu_seqlens_q,
                                           const hk_tensor* cu_seqlens_k, const hk_tensor* grad_q,
                                           const hk_tensor* grad_k, const hk_tensor* grad_v, const hk_tensor* delta,
-                                          const hk_rope* rope, double scale) {
+                                          const hk_tensor* q_rotated, const hk_tensor* k_rotated, const hk_rope* rope,
+                                          double scale) {
   const char* op = "rope_attention_backward";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   RopeAttentionBackwardArgs args = {};
   HK_RETURN_IF_ERROR(read_attention(op, exec, q, k, v, positions_q, positions_k, cu_seqlens_q, cu_seqlens_k, out, lse,
                                     rope, scale, &args.forward));
+  HK_RETURN_IF_ERROR(check_rotated(op, "q_rotated", exec, q_rotated, q, &args.q_rotated));
+  HK_RETURN_IF_ERROR(check_rotated(op, "k_rotated", exec, k_rotated, k, &args.forward.k_rotated));
   HK_RETURN_IF_ERROR(check_heads(op, "grad", grad, q->dtype, q->shape, "NAD", &args.grad));
   HK_RETURN_IF_ERROR(check_heads(op, "grad_q", grad_q, q->dtype, q->shape, "NAD", &args.grad_q));
   HK_RETURN_IF_ERROR(check_heads(op, "grad_k", grad_k, q->dtype, k->shape, "NAD", &args.grad_k));
   HK_RETURN_IF_ERROR(check_heads(op, "grad_v", grad_v, q->dtype, k->shape, "NAD", &args.grad_v));
   HK_RETURN_IF_ERROR(check_like(op, "delta", delta, HK_F32, 2, lse->shape, "AN", 2));
   args.delta = static_cast<float*>(delta->data);
-  return HK_DISPATCH_CPU_BF16(rope_attention_backward, args);
+  return HK_DISPATCH_BF16(rope_attention_backward, args);
 }
 
 extern "C" int hk_rope_attention_rotate(const hk_exec* exec, const hk_tensor* x, const hk_tensor* positions,
                                         const hk_tensor* out, const hk_rope* rope, int32_t inverse) {
   const char* op = "rope_attention_rotate";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "x", x, 3));
   HK_RETURN_IF_ERROR(check_float(op, "x", x));
   RopeAttentionRotateArgs args = {};
@@ -150,5 +163,5 @@ extern "C" int hk_rope_attention_rotate(const hk_exec* exec, const hk_tensor* x,
   args.N = x->shape[0];
   args.A = x->shape[1];
   args.num_threads = threads_for(exec, 2 * args.N * args.A * args.D * dtype_size(x->dtype));
-  return HK_DISPATCH_CPU(rope_attention_rotate, args);
+  return HK_DISPATCH(rope_attention_rotate, args);
 }

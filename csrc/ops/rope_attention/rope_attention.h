@@ -33,12 +33,14 @@ struct RopeAttentionArgs {
   Rope rope;
   float scale;
   int32_t num_threads;
+  void* k_rotated;  // CUDA: [Nk, A, D] dense scratch
 };
 
 struct RopeAttentionBackwardArgs {
   RopeAttentionArgs forward;  // out and lse are read
   Heads grad, grad_q, grad_k, grad_v;
-  float* delta;  // [A, Nq]
+  float* delta;     // [A, Nq]
+  void* q_rotated;  // CUDA: [Nq, A, D] dense scratch
 };
 
 struct RopeAttentionRotateArgs {
@@ -55,3 +57,6 @@ struct RopeAttentionRotateArgs {
 HK_DECLARE_CPU_BF16(rope_attention, hk::RopeAttentionArgs)
 HK_DECLARE_CPU_BF16(rope_attention_backward, hk::RopeAttentionBackwardArgs)
 HK_DECLARE_CPU(rope_attention_rotate, hk::RopeAttentionRotateArgs)
+HK_DECLARE_CUDA(rope_attention, hk::RopeAttentionArgs)
+HK_DECLARE_CUDA(rope_attention_backward, hk::RopeAttentionBackwardArgs)
+HK_DECLARE_CUDA(rope_attention_rotate, hk::RopeAttentionRotateArgs)

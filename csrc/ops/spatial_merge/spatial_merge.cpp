@@ -24,7 +24,7 @@ static int check_cells(const char* op, const hk_exec* exec, const hk_tensor* x, 
   HK_RETURN_IF_ERROR(check_dense(op, "keep", keep, 1));
   *kept = keep->shape[0];
   const int64_t* at = static_cast<const int64_t*>(keep->data);
-  for (int64_t k = 0; exec->device == HK_CPU && k < *kept; ++k)
+  for (int64_t k = 0; values_on_host(exec) && k < *kept; ++k)
     HK_REQUIRE(at[k] >= 0 && at[k] < cells && (k == 0 || at[k] > at[k - 1]),
                "%s: keep has cell %lld at %lld, expected strictly increasing ones below N / merge_size**2 = %lld", op,
                (long long)at[k], (long long)k, (long long)cells);
@@ -45,7 +45,7 @@ extern "C" int hk_spatial_merge(const hk_exec* exec, const hk_tensor* x, const h
                                 const hk_tensor* keep, const hk_tensor* out, const hk_tensor* mean,
                                 const hk_tensor* rstd, int32_t merge_size, double eps) {
   const char* op = "spatial_merge";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   SpatialMergeArgs args = {};
   HK_RETURN_IF_ERROR(check_cells(op, exec, x, keep, merge_size, &args.K));
   HK_REQUIRE(eps >= 0, "%s: eps has value %g, expected at least 0", op, eps);
@@ -74,7 +74,7 @@ extern "C" int hk_spatial_merge(const hk_exec* exec, const hk_tensor* x, const h
   args.out_stride = out->stride[0];
   args.eps = static_cast<float>(eps);
   args.num_threads = threads_for(exec, args.K * args.area * args.E * dtype_size(x->dtype));
-  return HK_DISPATCH_CPU(spatial_merge, args);
+  return HK_DISPATCH(spatial_merge, args);
 }
 
 extern "C" int hk_spatial_merge_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* x,
@@ -82,7 +82,7 @@ extern "C" int hk_spatial_merge_backward(const hk_exec* exec, const hk_tensor* g
                                          const hk_tensor* rstd, const hk_tensor* grad_x, const hk_tensor* grad_weight,
                                          const hk_tensor* grad_bias, const hk_tensor* partial, int32_t merge_size) {
   const char* op = "spatial_merge_backward";
-  HK_RETURN_IF_ERROR(check_cpu(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   SpatialMergeBackwardArgs args = {};
   HK_RETURN_IF_ERROR(check_cells(op, exec, x, keep, merge_size, &args.K));
   args.area = static_cast<int64_t>(merge_size) * merge_size;
@@ -119,5 +119,5 @@ extern "C" int hk_spatial_merge_backward(const hk_exec* exec, const hk_tensor* g
   args.x_stride = x->stride[0];
   args.grad_x_stride = grad_x->stride[0];
   args.num_threads = threads_for(exec, x->shape[0] * args.E * dtype_size(x->dtype));
-  return HK_DISPATCH_CPU(spatial_merge_backward, args);
+  return HK_DISPATCH(spatial_merge_backward, args);
 }

@@ -37,3 +37,5 @@ struct SpatialMergeBackwardArgs {
 
 HK_DECLARE_CPU(spatial_merge, hk::SpatialMergeArgs)
 HK_DECLARE_CPU(spatial_merge_backward, hk::SpatialMergeBackwardArgs)
+HK_DECLARE_CUDA(spatial_merge, hk::SpatialMergeArgs)
+HK_DECLARE_CUDA(spatial_merge_backward, hk::SpatialMergeBackwardArgs)

@@ -24,15 +24,7 @@ static int check_scores(const char* op, const hk_tensor* scores, int64_t cells) 
 static int run(const hk_exec* exec, const char* op, const TokenScoreArgs& args) {
   if (args.view.T * args.view.cells_y * args.view.cells_x == 0) return HK_OK;
   HK_REQUIRE(args.view.run <= 65536, "%s: a run has %d elements, expected at most 65536", op, args.view.run);
-  if (exec->device == HK_CPU) {
-    HK_RETURN_IF_ERROR(check_cpu_level(op));
-    return HK_DISPATCH_CPU(token_score, args);
-  }
-#ifdef HK_WITH_CUDA
-  return token_score_cuda(args, exec->stream);
-#else
-  return fail(HK_UNSUPPORTED, "%s: exec has device cuda, expected cpu: %s", op, hk_cuda_absent_reason());
-#endif
+  return HK_DISPATCH(token_score, args);
 }
 
 }  // namespace hk
@@ -43,7 +35,7 @@ extern "C" int hk_token_score(const hk_exec* exec, const hk_tensor* patches, con
                               const int64_t* grid_thw, int64_t n_grids, int32_t merge_size, int32_t reference,
                               float threshold) {
   const char* op = "token_score";
-  HK_RETURN_IF_ERROR(check_exec(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "patches", patches, 2));
   HK_RETURN_IF_ERROR(check_score_options(op, merge_size, reference, threshold));
   const int32_t dtype = patches->dtype;
@@ -98,7 +90,7 @@ extern "C" int hk_token_score_frames(const hk_exec* exec, const hk_tensor* frame
                                      int32_t patch_size, int32_t merge_size, const int32_t* windows, int32_t n_windows,
                                      int32_t reference, float threshold) {
   const char* op = "token_score_frames";
-  HK_RETURN_IF_ERROR(check_exec(op, exec));
+  HK_RETURN_IF_ERROR(check_device(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "frames", frames, 4));
   HK_RETURN_IF_ERROR(check_score_options(op, merge_size, reference, threshold));
   HK_REQUIRE(frames->dtype == HK_U8 || frames->dtype == HK_I16, "%s: frames has dtype %s, expected u8 or i16", op,

@@ -10,11 +10,6 @@ namespace {
 constexpr int64_t kBlocksPerMultiprocessor = 8;
 // A chunk reads the version before it again: at least this many make that at most an eighth.
 constexpr int64_t kMinChunk = 8;
-constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // `view` in bytes; runs that follow each other in memory become one.
 ScoreWalk make_walk(const TokenScoreArgs& args) {
@@ -27,6 +22,8 @@ ScoreWalk make_walk(const TokenScoreArgs& args) {
   walk.stride_y = v.stride_y * size;
   walk.stride_x = v.stride_x * size;
   walk.stride_run = one_run ? 0 : v.stride_run * size;
+  walk.previous = args.previous * size;
+  walk.has_previous = args.has_previous;
   walk.T = v.T;
   walk.cells = v.cells_y * v.cells_x;
   walk.cells_x = v.cells_x;
@@ -44,6 +41,7 @@ int load_bytes(const ScoreWalk& walk, int64_t cells_y) {
   uint64_t offsets =
       reinterpret_cast<uintptr_t>(walk.data) | static_cast<uint64_t>(walk.packs_per_run | walk.stride_run);
   if (walk.T > 1) offsets |= static_cast<uint64_t>(walk.stride_t);
+  if (walk.has_previous) offsets |= static_cast<uint64_t>(walk.previous);
   if (walk.cells_x > 1) offsets |= static_cast<uint64_t>(walk.stride_x);
   if (cells_y > 1) offsets |= static_cast<uint64_t>(walk.stride_y);
   int bytes = 16;
@@ -60,31 +58,29 @@ int64_t chunk_length(const ScoreWalk& walk, bool kept, int multiprocessors) {
 }
 
 template <int kDtype, int kBytes>
-void launch(ScoreWalk walk, bool kept, cudaStream_t stream) {
+void launch_cells(ScoreWalk walk, bool kept, cudaStream_t stream) {
   walk.packs /= kBytes;
   walk.packs_per_run = walk.packs_per_run > kBytes ? walk.packs_per_run / kBytes : 1;
-  const dim3 grid(static_cast<unsigned>(walk.cells < kMaxGridX ? walk.cells : kMaxGridX),
-                  static_cast<unsigned>(ceil_div(walk.T, walk.chunk)));
+  const dim3 grid = grid_of(walk.cells < kMaxGridX ? walk.cells : kMaxGridX, ceil_div(walk.T, walk.chunk));
   const int64_t warps = ceil_div(walk.packs > 0 ? walk.packs : 1, kThreadPacks<kBytes> * kWarpSize);
   const int64_t runs = walk.packs > 0 ? walk.packs / walk.packs_per_run : 1;
-  const unsigned threads = static_cast<unsigned>(warps * kWarpSize);
   if (warps * kWarpSize > kMaxScoreThreads || runs * walk.stride_run > INT32_MAX) {
-    score_large_cells<kDtype, kBytes><<<grid, kMaxScoreThreads, 0, stream>>>(walk, kept);
+    launch<score_large_cells<kDtype, kBytes>>(grid, kMaxScoreThreads, 0, stream, walk, kept);
   } else if (kept) {
-    score_cells<kDtype, kBytes, true><<<grid, threads, 0, stream>>>(walk);
+    launch<score_cells<kDtype, kBytes, true>>(grid, warps * kWarpSize, 0, stream, walk);
   } else {
-    score_cells<kDtype, kBytes, false><<<grid, threads, 0, stream>>>(walk);
+    launch<score_cells<kDtype, kBytes, false>>(grid, warps * kWarpSize, 0, stream, walk);
   }
 }
 
 template <int kDtype, int kElementBytes>
 void launch_widest(const ScoreWalk& walk, int bytes, bool kept, cudaStream_t stream) {
-  if (bytes == 16) return launch<kDtype, 16>(walk, kept, stream);
-  if (bytes == 8) return launch<kDtype, 8>(walk, kept, stream);
-  if (bytes == 4) return launch<kDtype, 4>(walk, kept, stream);
+  if (bytes == 16) return launch_cells<kDtype, 16>(walk, kept, stream);
+  if (bytes == 8) return launch_cells<kDtype, 8>(walk, kept, stream);
+  if (bytes == 4) return launch_cells<kDtype, 4>(walk, kept, stream);
   if constexpr (kElementBytes < 4)
-    if (bytes == 2) return launch<kDtype, 2>(walk, kept, stream);
-  if constexpr (kElementBytes < 2) launch<kDtype, 1>(walk, kept, stream);
+    if (bytes == 2) return launch_cells<kDtype, 2>(walk, kept, stream);
+  if constexpr (kElementBytes < 2) launch_cells<kDtype, 1>(walk, kept, stream);
 }
 
 }  // namespace

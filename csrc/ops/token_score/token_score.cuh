@@ -10,13 +10,14 @@
 
 #include "device/arith.cuh"
 #include "device/reduce.cuh"
+#include "device/shared.cuh"
 #include "device/vec.cuh"
 #include "ops/token_score/token_score.h"
 
 namespace hk {
 
 constexpr int kDepth = 4;  // versions loaded together
-constexpr int kMaxScoreThreads = 256;
+constexpr int kMaxScoreThreads = 256, kMaxScoreWarps = kMaxScoreThreads / kWarpSize;
 // Packs a thread holds of one version: 64 bytes, or 8 loads. With kDepth versions and the reference that is
 // about 130 registers, hence no more than 256 threads.
 template <int kBytes>
@@ -26,7 +27,9 @@ struct ScoreWalk {
   const unsigned char* data;
   int64_t stride_t, stride_y, stride_x, stride_run;
   int64_t T, cells, cells_x;
-  int64_t chunk;  // versions per blockIdx.y
+  int64_t chunk;     // versions per blockIdx.y
+  int64_t previous;  // of the version before the first, if there is one
+  int32_t has_previous;
   int32_t packs, packs_per_run;
   ScoreWindow windows[kMaxWindows];
   int32_t n_windows;
@@ -83,14 +86,14 @@ __device__ __forceinline__ typename Diff<kDtype>::Sum add_pack(typename Diff<kDt
   return sum;
 }
 
-// The score from the warps' sums per window, in warp order. i16 takes the largest; others have one window.
+// The score from the warps' sums per window, in warp order, `first` being the first window's first.
+// i16 takes the largest; others have one window.
 template <int kDtype, class Sum>
-__device__ __forceinline__ float score_of(const ScoreWalk& walk, const Sum (*partial)[kMaxScoreThreads / kWarpSize],
-                                          int warps) {
+__device__ __forceinline__ float score_of(const ScoreWalk& walk, const Shared<Sum>& partial, int first, int warps) {
   float score = 0;
   for (int w = 0; w < (kDtype == HK_I16 ? walk.n_windows : 1); ++w) {
     Sum sum = 0;
-    for (int i = 0; i < warps; ++i) sum += partial[w][i];
+    for (int i = 0; i < warps; ++i) sum += partial.get(first + w * kMaxScoreWarps + i);
     const float s = div_rn(static_cast<float>(sum), walk.windows[w].denominator);
     score = kDtype == HK_I16 ? (s > score ? s : score) : s;
   }
@@ -99,6 +102,14 @@ __device__ __forceinline__ float score_of(const ScoreWalk& walk, const Sum (*par
 
 __device__ __forceinline__ const unsigned char* cell_start(const ScoreWalk& walk, int64_t cell) {
   return walk.data + cell / walk.cells_x * walk.stride_y + cell % walk.cells_x * walk.stride_x;
+}
+
+// The first version of a chunk that has a score, and where a version begins; -1 is the one before the first.
+__device__ __forceinline__ int64_t first_scored(const ScoreWalk& walk, int64_t begin) {
+  return begin > 0 || walk.has_previous ? begin : 1;
+}
+__device__ __forceinline__ int64_t version_start(const ScoreWalk& walk, int64_t t) {
+  return t < 0 ? walk.previous : t * walk.stride_t;
 }
 
 template <int kBytes>
@@ -115,7 +126,9 @@ __global__ void __launch_bounds__(kMaxScoreThreads, 1) score_cells(const ScoreWa
   constexpr int kTogether = kKept ? 1 : kDepth;  // versions reduced behind one barrier
   constexpr int kWindows = kDtype == HK_I16 ? kMaxWindows : 1;
   // Two sets in turn: a warp may write the next sums while another still reads the last.
-  __shared__ Sum partial[2][kTogether][kWindows][kMaxScoreThreads / kWarpSize];
+  // [2][kTogether][kWindows][warps]
+  __shared__ SharedArray<Sum, 2 * kTogether * kWindows * kMaxScoreWarps> sums;
+  const Shared<Sum> partial = sums.view();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
 
   int32_t offset[kPacks];  // the launcher sees to it that a version spans less than 2 GiB
@@ -130,13 +143,13 @@ __global__ void __launch_bounds__(kMaxScoreThreads, 1) score_cells(const ScoreWa
 
   for (int64_t cell = blockIdx.x; cell < walk.cells; cell += gridDim.x) {
     const unsigned char* data = cell_start(walk, cell);
-    const int64_t first = begin > 0 ? begin : 1;
+    const int64_t first = first_scored(walk, begin);
     Pack<kBytes> reference[kPacks], version[kDepth][kPacks];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i)
       reference[i] =
-          offset[i] < 0 ? zero_pack<kBytes>() : load_pack<kBytes>(data + (first - 1) * walk.stride_t + offset[i]);
-    if (begin == 0 && threadIdx.x == 0) walk.scores[cell] = __int_as_float(0x7f800000);  // +inf
+          offset[i] < 0 ? zero_pack<kBytes>() : load_pack<kBytes>(data + version_start(walk, first - 1) + offset[i]);
+    if (first > begin && threadIdx.x == 0) store_value(walk.scores + cell, kInfinity);
 
     for (int64_t t = first; t < end; t += kDepth) {
 #pragma unroll
@@ -156,15 +169,16 @@ __global__ void __launch_bounds__(kMaxScoreThreads, 1) score_cells(const ScoreWa
               sum =
                   add_pack<kDtype>(sum, version[d][i], d == group ? reference[i] : version[d - 1][i], walk.windows[w]);
             sum = warp_sum(sum);
-            if (lane == 0) partial[set][d - group][w][warp] = sum;
+            if (lane == 0) partial.set(((set * kTogether + d - group) * kWindows + w) * kMaxScoreWarps + warp, sum);
           }
         }
         block_barrier();
         // previous: one thread per version. kept: every thread needs the score to keep or drop.
         const int mine = kKept ? 0 : threadIdx.x;
         if (mine < kTogether && t + group + mine < end) {
-          const float score = score_of<kDtype>(walk, partial[set][mine], warps);
-          if (!kKept || threadIdx.x == 0) walk.scores[(t + group + mine) * walk.cells + cell] = score;
+          const int first = (set * kTogether + mine) * kWindows * kMaxScoreWarps;
+          const float score = score_of<kDtype>(walk, partial, first, warps);
+          if (!kKept || threadIdx.x == 0) store_value(walk.scores + (t + group + mine) * walk.cells + cell, score);
           if (kKept && !(score <= walk.threshold)) {
 #pragma unroll
             for (int i = 0; i < kPacks; ++i) reference[i] = version[group][i];
@@ -185,7 +199,8 @@ template <int kDtype, int kBytes>
 __global__ void __launch_bounds__(kMaxScoreThreads) score_large_cells(const ScoreWalk walk, const bool kept) {
   using Large = typename Diff<kDtype>::Large;
   constexpr int kWindows = kDtype == HK_I16 ? kMaxWindows : 1;
-  __shared__ Large partial[2][kWindows][kMaxScoreThreads / kWarpSize];
+  __shared__ SharedArray<Large, 2 * kWindows * kMaxScoreWarps> sums;  // [2][kWindows][warps]
+  const Shared<Large> partial = sums.view();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
   const int64_t begin = blockIdx.y * walk.chunk;
   const int64_t end = begin + walk.chunk < walk.T ? begin + walk.chunk : walk.T;
@@ -193,22 +208,22 @@ __global__ void __launch_bounds__(kMaxScoreThreads) score_large_cells(const Scor
 
   for (int64_t cell = blockIdx.x; cell < walk.cells; cell += gridDim.x) {
     const unsigned char* data = cell_start(walk, cell);
-    int64_t t = begin > 0 ? begin : 1, reference = t - 1;
-    if (begin == 0 && threadIdx.x == 0) walk.scores[cell] = __int_as_float(0x7f800000);  // +inf
+    int64_t t = first_scored(walk, begin), reference = t - 1;
+    if (t > begin && threadIdx.x == 0) store_value(walk.scores + cell, kInfinity);
     for (; t < end; ++t) {
       for (int w = 0; w < (kDtype == HK_I16 ? walk.n_windows : 1); ++w) {
         Large sum = 0;
         for (int pack = threadIdx.x; pack < walk.packs; pack += blockDim.x) {
           const unsigned char* at = data + pack_offset<kBytes>(walk, pack);
           sum += add_pack<kDtype>(typename Diff<kDtype>::Sum(0), load_pack<kBytes>(at + t * walk.stride_t),
-                                  load_pack<kBytes>(at + reference * walk.stride_t), walk.windows[w]);
+                                  load_pack<kBytes>(at + version_start(walk, reference)), walk.windows[w]);
         }
         sum = warp_sum(sum);
-        if (lane == 0) partial[set][w][warp] = sum;
+        if (lane == 0) partial.set((set * kWindows + w) * kMaxScoreWarps + warp, sum);
       }
       block_barrier();
-      const float score = score_of<kDtype>(walk, partial[set], warps);
-      if (threadIdx.x == 0) walk.scores[t * walk.cells + cell] = score;
+      const float score = score_of<kDtype>(walk, partial, set * kWindows * kMaxScoreWarps, warps);
+      if (threadIdx.x == 0) store_value(walk.scores + t * walk.cells + cell, score);
       if (!kept || !(score <= walk.threshold)) reference = t;
       set ^= 1;
     }

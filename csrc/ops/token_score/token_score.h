@@ -34,6 +34,8 @@ struct TokenScoreArgs {
   float threshold;  // kept only
   float* scores;    // [T, cells_y * cells_x]
   int32_t num_threads;
+  int64_t previous;      // CUDA: offset of the version before the first, in elements
+  int32_t has_previous;  // else the first scores +inf
 };
 
 // Cells of side x side pixels of frames [T, H, W, C].
@@ -63,7 +65,4 @@ inline ScoreWindow i16_window(const CellView& view, int32_t lo, int32_t hi) {
 }  // namespace hk
 
 HK_DECLARE_CPU(token_score, hk::TokenScoreArgs)
-
-namespace hk {
-int token_score_cuda(const TokenScoreArgs& args, void* stream);
-}
+HK_DECLARE_CUDA(token_score, hk::TokenScoreArgs)

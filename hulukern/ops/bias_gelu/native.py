@@ -21,12 +21,15 @@ def bias_gelu_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, approximate: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = rows_dense(x, 1)
+    target = native_target(x)
     N, E = x.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_bias = torch.empty(0 if bias is None else E, dtype=x.dtype, device=x.device)
-    partial = None if bias is None else torch.empty((row_stretches(N), E), dtype=torch.float32, device=x.device)
+    partial = None
+    if bias is not None:
+        partial = torch.empty((row_stretches(N, target[0]), E), dtype=torch.float32, device=x.device)
     _C.bias_gelu_backward(
-        *native_target(x), rows_dense(grad, 1), x, None if bias is None else bias.contiguous(), grad_x,
+        *target, rows_dense(grad, 1), x, None if bias is None else bias.contiguous(), grad_x,
         None if bias is None else grad_bias, partial, _GELU[approximate],
     )  # fmt: skip
     return grad_x, grad_bias

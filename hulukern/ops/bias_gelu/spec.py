@@ -88,7 +88,12 @@ BIAS_GELU = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("x", "bias"),
-    backends={"reference": "reference:bias_gelu", "cpu": "native:bias_gelu", "triton": "triton_kernels:bias_gelu"},
+    backends={
+        "reference": "reference:bias_gelu",
+        "cpu": "native:bias_gelu",
+        "triton": "triton_kernels:bias_gelu",
+        "cuda": "native:bias_gelu",
+    },
     check=lambda a, _: _check("bias_gelu", a),
     bad_calls=_BAD,
 )
@@ -110,6 +115,7 @@ BIAS_GELU_BACKWARD = Op(
         "reference": "reference:bias_gelu_backward",
         "cpu": "native:bias_gelu_backward",
         "triton": "triton_kernels:bias_gelu_backward",
+        "cuda": "native:bias_gelu_backward",
     },
     check=lambda a, _: _check("bias_gelu_backward", a),
     bad_calls=_BAD,

@@ -31,13 +31,14 @@ def layer_norm_backward(
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     summed, weight = rows_dense(summed, 1), weight.contiguous()
+    target = native_target(summed)
     N, E = summed.shape
     grad_x = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device)
     grad_weight = torch.empty(E, dtype=weight.dtype, device=weight.device)
     grad_bias = torch.empty(E, dtype=weight.dtype, device=weight.device)
-    partial = torch.empty((row_stretches(N), 2, E), dtype=torch.float32, device=summed.device)
+    partial = torch.empty((row_stretches(N, target[0]), 2, E), dtype=torch.float32, device=summed.device)
     _C.layer_norm_backward(
-        *native_target(summed), rows_dense(grad, 1), None if grad_summed is None else rows_dense(grad_summed, 1),
+        *target, rows_dense(grad, 1), None if grad_summed is None else rows_dense(grad_summed, 1),
         summed, weight, mean.contiguous(), rstd.contiguous(), grad_x, grad_weight, grad_bias, partial,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias

@@ -120,7 +120,12 @@ LAYER_NORM = Op(
     exact=lambda a: False,
     plain=_plain,
     differentiable=("x", "residual", "weight", "bias"),
-    backends={"reference": "reference:layer_norm", "cpu": "native:layer_norm", "triton": "triton_kernels:layer_norm"},
+    backends={
+        "reference": "reference:layer_norm",
+        "cpu": "native:layer_norm",
+        "triton": "triton_kernels:layer_norm",
+        "cuda": "native:layer_norm",
+    },
     check=_check,
     bad_calls=(
         BadCall("weight_short", lambda a: {**a, "weight": a["weight"][1:]}, ValueError, ("weight", "E=")),
@@ -164,6 +169,7 @@ LAYER_NORM_BACKWARD = Op(
         "reference": "reference:layer_norm_backward",
         "cpu": "native:layer_norm_backward",
         "triton": "triton_kernels:layer_norm_backward",
+        "cuda": "native:layer_norm_backward",
     },
     check=_check_backward,
     bad_calls=(

@@ -1,8 +1,13 @@
-"""patch_embed on the CPU: cutting and normalising through the C ABI, the product through torch's oneDNN.
+"""patch_embed through the C ABI: cutting and normalising in kernels, the product by torch (oneDNN, cuBLAS).
 
 Patches pass in blocks of a few thousand rows through one scratch buffer that stays in the cache: the
 embedding is all that reaches memory. Measured against cutting everything first (32x504x504, bf16,
 E 1152, 2 cores): the same time within noise, and 2.4 MB of scratch instead of 49.
+
+On CUDA a block is what half of a 50 MB L2 holds. The product stays with cuBLAS: at K = 588 it is 9 % of its time in
+bytes, so a product of our own that reads pixels could win little and would have to match cuBLAS first. Rows of 588
+16-bit values are no multiple of 16 bytes, which cuBLAS's fast kernels ask for: scratch and weight are padded
+with zeros to 592 (1.4 MB copied per call).
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from hulukern import _C
 from hulukern.ops.common import native_target, rows_dense
 
 BLOCK_ROWS = 2048  # x 588 bf16 = 2.4 MB: the two cores' share of a last-level cache
+BLOCK_ROWS_CUDA = 16384  # 19 MB
 
 
 def patch_embed_resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -70,13 +76,15 @@ def patch_embed(
     if patches.dtype != torch.uint8:
         return _project(patches.to(weight.dtype), weight, bias, out)
     patches = rows_dense(patches, 1)
-    scratch = torch.empty((min(BLOCK_ROWS, patches.shape[0]), patches.shape[1]), dtype=weight.dtype)
     target = native_target(patches)
-    for start in range(0, patches.shape[0], BLOCK_ROWS):
-        block = patches[start : start + BLOCK_ROWS]
+    step = BLOCK_ROWS_CUDA if target[0] else BLOCK_ROWS
+    scratch, weight = _scratch(target[0], min(step, patches.shape[0]), weight)
+    length = patches.shape[1]
+    for start in range(0, patches.shape[0], step):
+        block = patches[start : start + step]
         x = scratch[: block.shape[0]]
-        _C.patch_embed_normalize(*target, block, x, channels, mean, std)
-        _project(x, weight, bias, out[start : start + BLOCK_ROWS])
+        _C.patch_embed_normalize(*target, block, x[:, :length], channels, mean, std)
+        _project(x, weight, bias, out[start : start + step])
     return out
 
 
@@ -98,20 +106,32 @@ def patch_embed_frames(
     cells = per_frame // merge_size**2
     out = torch.empty((T * per_frame, weight.shape[0]), dtype=weight.dtype, device=frames.device)
     scores = torch.empty(T * cells if with_scores else 0, dtype=torch.float32, device=frames.device)
-    step = max(1, BLOCK_ROWS // max(per_frame, 1))  # frames a block
-    scratch = torch.empty((min(step, T) * per_frame, weight.shape[1]), dtype=weight.dtype)
     target = native_target(frames)
+    length = weight.shape[1]
+    step = max(1, (BLOCK_ROWS_CUDA if target[0] else BLOCK_ROWS) // max(per_frame, 1))  # frames a block
+    scratch, weight = _scratch(target[0], min(step, T) * per_frame, weight)
     lo, hi = window or (0, 255)
     for t in range(0, T, step):
         block = frames[t : t + step]
         x = scratch[: block.shape[0] * per_frame]
         _C.patch_embed_cut(
-            *target, block, frames[t - 1] if t else None, x,
+            *target, block, frames[t - 1] if t else None, x[:, :length],
             scores[t * cells : (t + block.shape[0]) * cells] if with_scores else None,
             patch_size, merge_size, channels, lo, hi, mean, std,
         )  # fmt: skip
         _project(x, weight, bias, out[t * per_frame : (t + block.shape[0]) * per_frame])
     return out, scores
+
+
+def _scratch(on_cuda: bool, rows: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for normalised rows, and the weight to multiply them with; on CUDA padded to multiples of 16 bytes."""
+    length = weight.shape[1]
+    pad = -length % (16 // weight.element_size()) if on_cuda else 0
+    scratch = torch.empty((rows, length + pad), dtype=weight.dtype, device=weight.device)
+    if pad:
+        scratch[:, length:] = 0
+        weight = torch.nn.functional.pad(weight, (0, pad))
+    return scratch, weight
 
 
 def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

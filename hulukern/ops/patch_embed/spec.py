@@ -266,6 +266,7 @@ PATCH_EMBED_CUT = Op(
         "reference": "reference:patch_embed_cut",
         "cpu": "native:patch_embed_cut",
         "triton": "triton_kernels:patch_embed_cut",
+        "cuda": "native:patch_embed_cut",
     },
     check=_check_cut,
     bad_calls=(
@@ -301,6 +302,7 @@ PATCH_EMBED_NORMALIZE = Op(
         "reference": "reference:patch_embed_normalize",
         "cpu": "native:patch_embed_normalize",
         "triton": "triton_kernels:patch_embed_normalize",
+        "cuda": "native:patch_embed_normalize",
     },
     check=_check_normalize,
     bad_calls=(
@@ -354,6 +356,7 @@ PATCH_EMBED = Op(
         "reference": "reference:patch_embed",
         "cpu": "native:patch_embed",
         "triton": "triton_kernels:patch_embed",
+        "cuda": "native:patch_embed",
     },
     uninterpreted=DOT_UNINTERPRETED,
     check=_check_embed,
@@ -405,6 +408,7 @@ PATCH_EMBED_FRAMES = Op(
         "reference": "reference:patch_embed_frames",
         "cpu": "native:patch_embed_frames",
         "triton": "triton_kernels:patch_embed_frames",
+        "cuda": "native:patch_embed_frames",
     },
     uninterpreted=DOT_UNINTERPRETED,
     check=_check_embed_frames,

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from hulukern import _C
-from hulukern.ops.common import native_target, rows_dense
+from hulukern.ops.common import native_target, packed_rows
+
+
+def _scratch(on_cuda: bool, x: torch.Tensor) -> torch.Tensor | None:
+    """Where a CUDA call keeps x rotated; the CPU has its own."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if on_cuda else None
 
 
 def rope_attention(
@@ -20,12 +25,13 @@ def rope_attention(
     theta: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = (rows_dense(x, 1) for x in (q, k, v))
+    q, k, v = (packed_rows(x, 1) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     where = (positions_q, positions_k, cu_seqlens_q, cu_seqlens_k)
+    target = native_target(q)
     _C.rope_attention(
-        *native_target(q), q, k, v, *(x.contiguous() for x in where), out, lse, sections, theta, scale
+        *target, q, k, v, *(x.contiguous() for x in where), out, lse, _scratch(target[0], k), sections, theta, scale
     )  # fmt: skip
     return out, lse
 
@@ -45,13 +51,14 @@ def rope_attention_backward(
     theta: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad, q, k, v, out = (rows_dense(x, 1) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (packed_rows(x, 1) for x in (grad, q, k, v, out))
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     where = (lse, positions_q, positions_k, cu_seqlens_q, cu_seqlens_k)
+    target = native_target(q)
     _C.rope_attention_backward(
-        *native_target(q), grad, q, k, v, out, *(x.contiguous() for x in where), grad_q, grad_k, grad_v, delta,
-        sections, theta, scale,
+        *target, grad, q, k, v, out, *(x.contiguous() for x in where), grad_q, grad_k, grad_v, delta,
+        _scratch(target[0], q), _scratch(target[0], k), sections, theta, scale,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
 
@@ -59,7 +66,7 @@ def rope_attention_backward(
 def rope_attention_rotate(
     x: torch.Tensor, positions: torch.Tensor, sections: list[int], theta: float, inverse: bool
 ) -> torch.Tensor:
-    x = rows_dense(x, 1)
+    x = packed_rows(x, 1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _C.rope_attention_rotate(*native_target(x), x, positions.contiguous(), out, sections, theta, inverse)
     return out

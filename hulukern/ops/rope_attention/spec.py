@@ -197,6 +197,7 @@ ROPE_ATTENTION = Op(
         "reference": "reference:rope_attention",
         "cpu": "native:rope_attention",
         "triton": "triton_kernels:rope_attention",
+        "cuda": "native:rope_attention",
     },
     uninterpreted=DOT_UNINTERPRETED,
     check=lambda a, letters: _check_attention("rope_attention", a, letters),
@@ -229,6 +230,7 @@ ROPE_ATTENTION_BACKWARD = Op(
         "reference": "reference:rope_attention_backward",
         "cpu": "native:rope_attention_backward",
         "triton": "triton_backward:rope_attention_backward",
+        "cuda": "native:rope_attention_backward",
     },
     uninterpreted=DOT_UNINTERPRETED,
     check=lambda a, letters: _check_attention("rope_attention_backward", a, letters),
@@ -266,6 +268,7 @@ ROPE_ATTENTION_ROTATE = Op(
         "reference": "reference:rope_attention_rotate",
         "cpu": "native:rope_attention_rotate",
         "triton": "triton_kernels:rope_attention_rotate",
+        "cuda": "native:rope_attention_rotate",
     },
     check=lambda a, letters: _check_sections("rope_attention_rotate", a, letters),
     bad_calls=(

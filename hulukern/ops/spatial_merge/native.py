@@ -44,6 +44,7 @@ def spatial_merge_backward(
     merge_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = rows_dense(x, 1)
+    target = native_target(x)
     E = x.shape[1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     like = x if weight is None else weight
@@ -52,10 +53,10 @@ def spatial_merge_backward(
     grad_bias = torch.empty(size, dtype=like.dtype, device=x.device)
     of_norm: tuple[torch.Tensor | None, ...] = (None,) * 5
     if weight is not None:
-        partial = torch.empty((row_stretches(grad.shape[0]), 2, E), dtype=torch.float32, device=x.device)
+        partial = torch.empty((row_stretches(grad.shape[0], target[0]), 2, E), dtype=torch.float32, device=x.device)
         of_norm = (mean.contiguous(), rstd.contiguous(), grad_weight, grad_bias, partial)
     _C.spatial_merge_backward(
-        *native_target(x), rows_dense(grad, 1), x, _dense(weight), _dense(keep), *of_norm[:2], grad_x,
+        *target, rows_dense(grad, 1), x, _dense(weight), _dense(keep), *of_norm[:2], grad_x,
         *of_norm[2:], merge_size,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias

@@ -149,6 +149,7 @@ SPATIAL_MERGE = Op(
         "reference": "reference:spatial_merge",
         "cpu": "native:spatial_merge",
         "triton": "triton_kernels:spatial_merge",
+        "cuda": "native:spatial_merge",
     },
     check=_check,
     bad_calls=(
@@ -196,6 +197,7 @@ SPATIAL_MERGE_BACKWARD = Op(
         "reference": "reference:spatial_merge_backward",
         "cpu": "native:spatial_merge_backward",
         "triton": "triton_kernels:spatial_merge_backward",
+        "cuda": "native:spatial_merge_backward",
     },
     check=_check_backward,
     bad_calls=(

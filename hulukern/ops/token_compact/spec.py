@@ -133,6 +133,7 @@ TOKEN_COMPACT = Op(
         "reference": "reference:token_compact",
         "cpu": "native:token_compact",
         "triton": "triton_kernels:token_compact",
+        "cuda": "native:token_compact",
     },
     check=_check,
     bad_calls=(
@@ -183,6 +184,7 @@ TOKEN_COMPACT_BACKWARD = Op(
         "reference": "reference:token_compact_backward",
         "cpu": "native:token_compact_backward",
         "triton": "triton_kernels:token_compact_backward",
+        "cuda": "native:token_compact_backward",
     },
     check=_check_backward,
     bad_calls=(
