@@ -2,7 +2,7 @@
 driver that names an architecture, so what is compiled is what a launch there would compile.
 
 The interpreter and the compiler exclude each other within a process, hence one process per architecture:
-``python -m hulukern.testing.offline ARCH FOLDER [OP ...]`` leaves machine code and ``kernels.json``.
+``python -m hulukern.testing.offline ARCH FOLDER [OP ...] [--brief]`` leaves machine code and ``kernels.json``.
 """
 
 from __future__ import annotations
@@ -82,14 +82,15 @@ class OfflineDriver:
         return 0
 
 
-def cases(op: Op) -> Iterator[tuple[Case, torch.dtype]]:
+def cases(op: Op, brief: bool = False) -> Iterator[tuple[Case, torch.dtype]]:
+    """Brief leaves out fp16, which compiles as bf16 does, and the cases of one dtype."""
     for case, only in ((op.cases[0], None), *MORE.get(op.name, ())):
         for dtype in op.dtypes:
-            if only in (None, dtype):
+            if only in (None, dtype) and not (brief and (only or dtype == torch.float16)):
                 yield case, dtype
 
 
-def compile_all(architecture: int, folder: Path, ops: Sequence[str] = ()) -> None:
+def compile_all(architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False) -> None:
     """Leave <op>.<case>.<dtype>.<n>.cubin for every kernel that the calls would launch, and kernels.json."""
     import triton
     from triton.runtime.jit import JITFunction
@@ -110,11 +111,14 @@ def compile_all(architecture: int, folder: Path, ops: Sequence[str] = ()) -> Non
                 continue
             module, _, attribute = op.backends["triton"].partition(":")
             function = getattr(importlib.import_module(f"{registered.package}.{module}"), attribute)
-            for case, dtype in cases(op):
+            seen: set[int] = set()
+            for case, dtype in cases(op, brief):
                 arguments = op.sample(case, dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
                 launched.clear()
                 function(*(arguments[a] for a in op.argument_names))
-                for n, kernel in enumerate(dict.fromkeys(launched)):
+                new = [kernel for kernel in dict.fromkeys(launched) if id(kernel) not in seen]
+                seen |= {id(kernel) for kernel in new}
+                for n, kernel in enumerate(new):
                     file = f"{name}.{case.name}.{dtype_name(dtype)}.{n}.cubin"
                     (folder / file).write_bytes(kernel.asm["cubin"])
                     found.append(_described(kernel, op, case, dtype, file))
@@ -137,12 +141,15 @@ def _described(kernel: Any, op: Op, case: Case, dtype: torch.dtype, file: str) -
     )  # fmt: skip
 
 
-def compile_in_subprocess(architecture: int, folder: Path, ops: Sequence[str] = ()) -> list[Compiled]:
+def compile_in_subprocess(
+    architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False
+) -> list[Compiled]:
     """What a fresh process without the interpreter compiles; RuntimeError with its words if it fails."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(hulukern.__file__).parents[1]), *sys.path[1:]])
     environment.setdefault("TRITON_CACHE_DIR", str(folder / "cache"))
     command = [sys.executable, "-m", "hulukern.testing.offline", str(architecture), str(folder), *ops]
+    command += ["--brief"] if brief else []
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"sm_{architecture}: {run.stderr[-4000:]}")
@@ -228,4 +235,5 @@ def _bits(name: str) -> int:
 
 if __name__ == "__main__":
     assert int(sys.argv[1]) in ARCHITECTURES
-    compile_all(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    names = [name for name in sys.argv[3:] if name != "--brief"]
+    compile_all(int(sys.argv[1]), Path(sys.argv[2]), names, "--brief" in sys.argv)

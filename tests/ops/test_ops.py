@@ -146,3 +146,12 @@ def test_default_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
         for _ in range(3):
             hulukern.token_score_frames(torch.zeros(2, 28, 28, 3, dtype=torch.uint8))
     assert [r.getMessage() for r in caplog.records] == ["token_score_frames on cpu: backend cpu"]
+
+
+def test_attention_in_triton_names_the_head_dims_that_it_has() -> None:
+    if unavailable("triton"):
+        pytest.skip(unavailable("triton"))
+    x = torch.zeros(3, 1, 48, device=DEVICE)
+    positions, ends = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"rope_attention: q has D=48, expected one of 64, 72, 80, 96, 128 for"):
+        hulukern.rope_attention(x, x, x, positions, ends.to(DEVICE), backend="triton")

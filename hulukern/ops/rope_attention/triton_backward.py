@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hulukern.ops.common import check_cu_seqlens
 from hulukern.ops.rope_attention.triton_kernels import (
     LOG2_E,
     columns,
@@ -392,6 +393,8 @@ def rope_attention_backward(
     op = "rope_attention_backward"
     (Nq, A, D), Nk = q.shape, k.shape[0]
     check_head_dim(op, "q", D)
+    check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, Nq)
+    check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, Nk)
     grad, q, k, v, out = (inner_dense(x) for x in (grad, q, k, v, out))
     lse, positions_q, positions_k = lse.contiguous(), positions_q.contiguous(), positions_k.contiguous()
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hulukern.ops.common import check_cu_seqlens
 from hulukern.ops.rope_attention.triton_rotary import (
     angles,
     check_head_dim,
@@ -251,6 +252,8 @@ def rope_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # out [Nq, A, D], log-sum-exp [A, Nq] f32
     Nq, A, D = q.shape
     check_head_dim("rope_attention", "q", D)
+    check_cu_seqlens("rope_attention", "cu_seqlens_q", cu_seqlens_q, Nq)
+    check_cu_seqlens("rope_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     q, k, v = (inner_dense(x) for x in (q, k, v))
     out = torch.empty((Nq, A, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((A, Nq), dtype=torch.float32, device=q.device)
