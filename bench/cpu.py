@@ -126,7 +126,7 @@ class Suite:
         """Two layers of the real width, 8 frames of 32 x 32 patches, against transformers' port: eager and compiled."""
         ours, theirs, pixels = encoders()
         grid, merges = torch.tensor([[8, 32, 32]]), torch.tensor([2])
-        compiled = torch.compile(theirs)
+        compiled: Any = torch.compile(theirs)
         with torch.inference_mode():
             runs: dict[str, Callable[[], Any]] = {
                 "transformers": lambda: theirs(pixels, grid, merges).last_hidden_state,
