@@ -140,9 +140,9 @@ class Suite:
     def train_step(self, seconds: float) -> None:
         """Forward and backward of the same, gradients of all parameters."""
         ours, theirs, pixels = encoders()
-        pixels = pixels[: 4 * 1024]
-        grid, merges = torch.tensor([[4, 32, 32]]), torch.tensor([2])
-        upstream = torch.randn(4 * 256, 1152).to(torch.bfloat16)
+        pixels = pixels[: 2 * 1024]
+        grid, merges = torch.tensor([[2, 32, 32]]), torch.tensor([2])
+        upstream = torch.randn(2 * 256, 1152).to(torch.bfloat16)
 
         def step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
             return list(torch.autograd.grad(forward(), list(model.parameters()), upstream))
@@ -160,7 +160,7 @@ class Suite:
             if "norm" not in name:  # torch adds up those of its LayerNorm in bf16: half of one is noise
                 _agree(f"train_step_bf16: {name} of transformers", named[name], got, 0.1)
         rounds = interleave(runs, seconds=seconds, warmups=1)
-        self.against("train_step_bf16", "2 layers, 4x32x32", "bfloat16", rounds, TRAIN_TARGET, "fwd+bwd")
+        self.against("train_step_bf16", "2 layers, 2x32x32", "bfloat16", rounds, TRAIN_TARGET, "fwd+bwd")
 
     def preprocess(self, seconds: float) -> None:
         """32 frames of 512 x 512 to normalised patches and the mask that drops repeated cells."""

@@ -5,6 +5,7 @@ A cell, merge_size x merge_size patches, becomes one visual token. Budgets count
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -67,10 +68,23 @@ def frame_sizes(
     return out
 
 
+@functools.cache
+def _native_equals_pillow(source: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether the installed Pillow resamples across before it goes down, as the native library does. Releases before
+    13 always do; 13 decides by the sizes, and rounds differently where it does not. Noise tells."""
+    from PIL import Image
+
+    from hulukern.ops.patch_embed.native import patch_embed_resize
+
+    noise = np.random.default_rng(0).integers(0, 256, source, dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC))
+    return np.array_equal(patch_embed_resize(torch.from_numpy(noise)[None, :, :, None], *size)[0, :, :, 0], expected)
+
+
 def resize_frames(clip: Clip, size: tuple[int, int]) -> Pixels:
-    """uint8 [T, H, W, C] at ``size`` (height, width): Pillow's bicubic, which antialiases, on uint8. The
-    native library computes the same bits on all threads."""
-    if not native_error():
+    """uint8 [T, H, W, C] at ``size`` (height, width): Pillow's bicubic, which antialiases, on uint8. Clips go
+    through the native library, on all threads, where that gives Pillow's bits."""
+    if len(clip.frames) > 1 and not native_error() and _native_equals_pillow(clip.frames.shape[1:3], size):
         from hulukern.ops.patch_embed.native import patch_embed_resize
 
         frames = torch.from_numpy(np.require(clip.frames, requirements=["C", "W"]))  # torch takes no read-only array

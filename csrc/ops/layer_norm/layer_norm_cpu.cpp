@@ -1,5 +1,5 @@
 // layer_norm on the CPU, a row at a time. The row is read once, kept in fp32 in L1, and passed over three
-// times there: the sum and its mean, the variance about that mean, the result. Bound by memory.
+// times there: the sum and its mean, the variance about that mean, the result.
 //
 // The backward's columns (gradients of weight and bias) are summed per stretch of rows, then over the
 // stretches in order: the bits depend on the stretches, which the shape fixes, and not on the threads.

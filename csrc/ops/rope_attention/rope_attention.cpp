@@ -99,7 +99,7 @@ static int read_attention(const char* op, const hk_exec* exec, const hk_tensor* 
   args->A = A;
   args->S = cu_seqlens_q->shape[0] - 1;
   args->scale = static_cast<float>(scale);
-  // Work grows with the square of a sequence's length: 16 KB of queries are worth the threads.
+  // Work grows with the square of a sequence's length, so threads pay off for fewer bytes; the 8 is a guess.
   args->num_threads = threads_for(exec, 8 * q->shape[0] * A * D * dtype_size(q->dtype));
   return HK_OK;
 }

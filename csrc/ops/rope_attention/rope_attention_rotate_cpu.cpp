@@ -1,4 +1,4 @@
-// rope_attention_rotate on the CPU: a row's angles once, then its heads. Bound by memory.
+// rope_attention_rotate on the CPU: a row's angles once, then its heads.
 #include "ops/rope_attention/tiles.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // spatial_merge on the CPU, a cell at a time: its rows are read once, normalised in L1 and added up there.
-// Bound by memory. The backward sums the columns of weight and bias per stretch of cells and then over the
+// The backward sums the columns of weight and bias per stretch of cells and then over the
 // stretches, in order, and clears the cells that were left out on its way past them.
 #include "cpu/row_norm.h"
 #include "ops/spatial_merge/spatial_merge.h"
