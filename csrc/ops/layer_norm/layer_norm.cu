@@ -38,6 +38,7 @@ int layer_norm_cuda(const LayerNormArgs& args, void* stream_handle) {
                         0,
                         static_cast<int32_t>(args.E),
                         args.weight_dtype,
+                        1.0f / static_cast<float>(args.E),
                         args.eps};
   with_row_kernel(args.dtype, alignment.packs(), args.E * size, [&](auto dtype, auto bytes, auto warps) {
     using Group = RowGroup<decltype(warps)::value>;
@@ -71,7 +72,8 @@ int layer_norm_backward_cuda(const LayerNormBackwardArgs& args, void* stream_han
                                 ceil_div(args.N, args.B),
                                 0,
                                 static_cast<int32_t>(args.E),
-                                args.weight_dtype};
+                                args.weight_dtype,
+                                1.0f / static_cast<float>(args.E)};
   with_row_kernel(args.dtype, alignment.packs(), 0, [&](auto dtype, auto bytes, auto) {
     constexpr int kDtype = decltype(dtype)::value, kBytes = decltype(bytes)::value;
     walk.packs = static_cast<int32_t>(args.E * size / kBytes);

@@ -39,6 +39,8 @@ int spatial_merge_cuda(const SpatialMergeArgs& args, void* stream_handle) {
                            static_cast<int32_t>(args.E),
                            static_cast<int32_t>(args.area),
                            args.weight_dtype,
+                           1.0f / static_cast<float>(args.E),
+                           1.0f / static_cast<float>(args.area),
                            args.eps};
   with_row_kernel(args.dtype, alignment.packs(), args.E * size, [&](auto dtype, auto bytes, auto warps) {
     using Group = RowGroup<decltype(warps)::value>;
@@ -76,7 +78,9 @@ int spatial_merge_backward_cuda(const SpatialMergeBackwardArgs& args, void* stre
                                    0,
                                    static_cast<int32_t>(args.E),
                                    static_cast<int32_t>(args.area),
-                                   args.weight_dtype};
+                                   args.weight_dtype,
+                                   1.0f / static_cast<float>(args.E),
+                                   1.0f / static_cast<float>(args.area)};
   with_row_kernel(args.dtype, alignment.packs(), 0, [&](auto dtype, auto bytes, auto) {
     constexpr int kDtype = decltype(dtype)::value, kBytes = decltype(bytes)::value;
     walk.packs = static_cast<int32_t>(args.E * size / kBytes);

@@ -25,7 +25,9 @@ def bias_gelu_backward(
     N, E = x.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_bias = torch.empty(0 if bias is None else E, dtype=x.dtype, device=x.device)
-    partial = None if bias is None else torch.empty((row_stretches(N, target[0]), E), dtype=torch.float32, device=x.device)
+    partial = (
+        None if bias is None else torch.empty((row_stretches(N, target[0]), E), dtype=torch.float32, device=x.device)
+    )
     _C.bias_gelu_backward(
         *target, rows_dense(grad, 1), x, None if bias is None else bias.contiguous(), grad_x,
         None if bias is None else grad_bias, partial, _GELU[approximate],

@@ -160,7 +160,11 @@ LAYER_NORM_BACKWARD = Op(
     reduction=lambda a: max(a["summed"].shape),
     exact=lambda a: False,
     plain=_plain_backward,
-    backends={"reference": "reference:layer_norm_backward", "cuda": "native:layer_norm_backward", "cpu": "native:layer_norm_backward"},
+    backends={
+        "reference": "reference:layer_norm_backward",
+        "cuda": "native:layer_norm_backward",
+        "cpu": "native:layer_norm_backward",
+    },
     check=_check_backward,
     bad_calls=(
         BadCall("mean_short", lambda a: {**a, "mean": a["mean"][1:]}, ValueError, ("mean", "N=")),

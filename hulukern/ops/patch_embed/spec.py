@@ -256,7 +256,11 @@ PATCH_EMBED_CUT = Op(
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
-    backends={"reference": "reference:patch_embed_cut", "cpu": "native:patch_embed_cut", "cuda": "native:patch_embed_cut"},
+    backends={
+        "reference": "reference:patch_embed_cut",
+        "cpu": "native:patch_embed_cut",
+        "cuda": "native:patch_embed_cut",
+    },
     check=_check_cut,
     bad_calls=(
         *_NORM_BAD,
@@ -287,7 +291,11 @@ PATCH_EMBED_NORMALIZE = Op(
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
-    backends={"reference": "reference:patch_embed_normalize", "cpu": "native:patch_embed_normalize", "cuda": "native:patch_embed_normalize"},
+    backends={
+        "reference": "reference:patch_embed_normalize",
+        "cpu": "native:patch_embed_normalize",
+        "cuda": "native:patch_embed_normalize",
+    },
     check=_check_normalize,
     bad_calls=(
         *_NORM_BAD,
@@ -382,7 +390,11 @@ PATCH_EMBED_FRAMES = Op(
     exact=lambda a: False,
     plain=_plain_frames,
     differentiable=("weight", "bias"),
-    backends={"reference": "reference:patch_embed_frames", "cpu": "native:patch_embed_frames", "cuda": "native:patch_embed_frames"},
+    backends={
+        "reference": "reference:patch_embed_frames",
+        "cpu": "native:patch_embed_frames",
+        "cuda": "native:patch_embed_frames",
+    },
     check=_check_embed_frames,
     bad_calls=(*_NORM_BAD, *_FRAMES_BAD, *_WEIGHT_BAD),
 )

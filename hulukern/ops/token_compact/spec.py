@@ -145,7 +145,11 @@ TOKEN_COMPACT_BACKWARD = Op(
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
-    backends={"reference": "reference:token_compact_backward", "cpu": "native:token_compact_backward", "cuda": "native:token_compact_backward"},
+    backends={
+        "reference": "reference:token_compact_backward",
+        "cpu": "native:token_compact_backward",
+        "cuda": "native:token_compact_backward",
+    },
     check=_check_backward,
     bad_calls=(
         BadCall("index_short", lambda a: {**a, "index": a["index"][1:]}, ValueError, ("index", "B=")),
