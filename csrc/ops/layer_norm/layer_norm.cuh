@@ -84,7 +84,7 @@ struct LayerNormBackwardWalk {
   unsigned char* grad_x;
   float* partial;                                             // [B, 2, E]
   int64_t grad_row, grad_summed_row, summed_row, grad_x_row;  // bytes
-  int64_t N, stretch;                                         // rows a block
+  int32_t N, stretch;                                         // rows a block
   int32_t packs, E, weight_dtype;
   float share;  // 1 / E
 };
@@ -98,12 +98,12 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) layer_norm_backward(const
   __shared__ SharedArray<float, 2 * kBackwardWarps> first_array, second_array;
   const int thread = threadIdx.x;
   const Shared<float> first = first_array.view(), second = second_array.view();
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.N ? begin + walk.stretch : walk.N;
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.N - begin < walk.stretch ? walk.N : begin + walk.stretch;
   float of_weight[kKept][kN] = {}, of_bias[kKept][kN] = {};
   float g[kN], v[kN], w[kN];
 
-  for (int64_t row = begin; row < end; ++row) {
+  for (int row = begin; row < end; ++row) {
     const unsigned char *grad = walk.grad + row * walk.grad_row, *summed = walk.summed + row * walk.summed_row;
     const float mean = load_value(walk.mean + row), rstd = load_value(walk.rstd + row);
     float sum = 0.0f, product = 0.0f;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) layer_norm_backward(const
         product = fmaf(g[k] * w[k], (v[k] - mean) * rstd, product);
       }
     }
-    const int turn = static_cast<int>(row - begin) % 2;
+    const int turn = (row - begin) % 2;
     sum = Group::sum(sum, first, turn) * walk.share;
     product = Group::sum(product, second, turn) * walk.share;
     const auto finish = [&](int i, float (&to_weight)[kN], float (&to_bias)[kN]) {
@@ -163,10 +163,10 @@ template <int kDtype>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_columns(const LayerNormBackwardWalk walk) {
   const int e = blockIdx.y * kBackwardThreads + threadIdx.x;
   if (e >= walk.E) return;
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.N ? begin + walk.stretch : walk.N;
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.N - begin < walk.stretch ? walk.N : begin + walk.stretch;
   float of_weight = 0.0f, of_bias = 0.0f;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int row = begin; row < end; ++row) {
     const float g = load_float(walk.grad + row * walk.grad_row, kDtype, e);
     const float v = load_float(walk.summed + row * walk.summed_row, kDtype, e);
     of_weight = fmaf(g, (v - load_value(walk.mean + row)) * load_value(walk.rstd + row), of_weight);

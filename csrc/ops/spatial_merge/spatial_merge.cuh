@@ -94,7 +94,8 @@ struct SpatialMergeBackwardWalk {
   unsigned char* grad_x;
   float* partial;                       // [B, 2, E]
   int64_t grad_row, x_row, grad_x_row;  // bytes
-  int64_t K, cells, stretch;            // cells a block
+  int64_t cells;
+  int32_t K, stretch;  // cells a block
   int32_t packs, E, area, weight_dtype;
   float of_row, of_cell;  // 1 / E, 1 / area
 };
@@ -109,22 +110,22 @@ __global__ void __launch_bounds__(kMergeThreads, 1) spatial_merge_backward(const
   __shared__ SharedArray<float, 2 * kMergeWarps> sum_array, product_array;
   const int thread = threadIdx.x;
   const Shared<float> sums = sum_array.view(), products = product_array.view();
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.K ? begin + walk.stretch : walk.K;
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.K - begin < walk.stretch ? walk.K : begin + walk.stretch;
   const float share = walk.of_cell;
   float of_weight[kKept][kN] = {}, of_bias[kKept][kN] = {};
   float g[kN], v[kN], w[kN];
   int turn = 0;
 
-  for (int64_t b = begin; b < end; ++b) {
+  for (int b = begin; b < end; ++b) {
     const unsigned char* grad = walk.grad + b * walk.grad_row;
     const int64_t first = (walk.keep == nullptr ? b : load_value(walk.keep + b)) * walk.area;
     for (int r = 0; r < walk.area; ++r) {
       const unsigned char* row = walk.x + (first + r) * walk.x_row;
       float mean = 0.0f, rstd = 1.0f, sum = 0.0f, product = 0.0f;
       if (walk.weight != nullptr) {
-        mean = load_value(walk.mean + b * walk.area + r);
-        rstd = load_value(walk.rstd + b * walk.area + r);
+        mean = load_value(walk.mean + static_cast<int64_t>(b) * walk.area + r);
+        rstd = load_value(walk.rstd + static_cast<int64_t>(b) * walk.area + r);
         for (int i = threadIdx.x; i < walk.packs; i += kMergeThreads) {
           load_row<kDtype, kBytes>(g, grad, i);
           load_row<kDtype, kBytes>(v, row, i);
@@ -186,16 +187,17 @@ template <int kDtype>
 __global__ void __launch_bounds__(kMergeThreads) spatial_merge_columns(const SpatialMergeBackwardWalk walk) {
   const int e = blockIdx.y * kMergeThreads + threadIdx.x;
   if (e >= walk.E) return;
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.K ? begin + walk.stretch : walk.K;
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.K - begin < walk.stretch ? walk.K : begin + walk.stretch;
   const float share = walk.of_cell;
   float of_weight = 0.0f, of_bias = 0.0f;
-  for (int64_t b = begin; b < end; ++b) {
+  for (int b = begin; b < end; ++b) {
     const float g = load_float(walk.grad + b * walk.grad_row, kDtype, e);
     const int64_t first = (walk.keep == nullptr ? b : load_value(walk.keep + b)) * walk.area;
     for (int r = 0; r < walk.area; ++r) {
       const float v = load_float(walk.x + (first + r) * walk.x_row, kDtype, e);
-      const float normed = (v - load_value(walk.mean + b * walk.area + r)) * load_value(walk.rstd + b * walk.area + r);
+      const float normed = (v - load_value(walk.mean + static_cast<int64_t>(b) * walk.area + r)) *
+                           load_value(walk.rstd + static_cast<int64_t>(b) * walk.area + r);
       of_weight = fmaf(g * share, normed, of_weight);
     }
     of_bias += g;
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kMergeThreads) spatial_merge_columns(const Spa
 // Block i: zeros for the rows of the cells between kept cells i - 1 and i.
 template <int kBytes>
 __global__ void __launch_bounds__(kMergeThreads) zero_cells_left_out(const SpatialMergeBackwardWalk walk) {
-  const int64_t i = blockIdx.x;
+  const int i = blockIdx.x;
   const int64_t begin = (i == 0 ? 0 : load_value(walk.keep + i - 1) + 1) * walk.area;
   const int64_t end = (i == walk.K ? walk.cells : load_value(walk.keep + i)) * walk.area;
   for (int64_t row = begin; row < end; ++row)
