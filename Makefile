@@ -28,12 +28,12 @@ lint: $(VENV)/build.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.c')
 
 format: $(VENV)/build.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.c')
 
 $(VENV)/deps.stamp: pyproject.toml constraints.txt
 	@echo "hulukern: setting up $(VENV), once"

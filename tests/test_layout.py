@@ -60,6 +60,13 @@ def test_the_core_knows_no_framework() -> None:
         assert not [i for i in includes if re.match(r"torch|ATen|c10|pybind11|Python", i)], path
 
 
+def test_kernels_reach_memory_and_threads_through_device_wrappers_only() -> None:
+    """What goes around csrc/device the simulator cannot check."""
+    around = r"__shfl|__sync|__ldg|__reduce|__ballot|\basm\b|<<<|extern __shared__|\batomic[A-Z]|cudaMalloc|Synchronize"
+    for path in sources("csrc/ops", ".cuh", ".cu"):
+        assert not re.findall(around, path.read_text()), path
+
+
 def test_kernels_per_cpu_level_include_c_headers_only() -> None:
     """An inline C++ library function compiled with AVX-512 may be kept for all levels by the linker."""
     allowed = {"stdint.h", "string.h", "stdlib.h", "immintrin.h"}

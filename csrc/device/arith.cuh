@@ -71,6 +71,16 @@ __device__ __forceinline__ float log2_fast(float x) {
   return __log2f(x);
 #endif
 }
+// One instruction, 1 ulp. An IEEE division is a subroutine, for which ptxas may save registers to local memory.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+#ifdef HK_SIM
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 // 2 ulp
 __device__ __forceinline__ float rsqrt_fast(float x) {
 #ifdef HK_SIM

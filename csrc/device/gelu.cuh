@@ -16,11 +16,11 @@ __device__ __forceinline__ Gelu gelu(float u) {
     const float z = kScale * fmaf(kCubic * u * u, u, u);
     const float exponent = -2.0f * kLog2e * z;
     const float e = exp2_fast(exponent < 126.0f ? exponent : 126.0f);  // finite: e / (1 + e) stays 1
-    const float s = div_rn(1.0f, 1.0f + e);
+    const float s = reciprocal_fast(1.0f + e);
     return {u * s, fmaf(u * s * (e * s), 2.0f * kScale * fmaf(3.0f * kCubic * u, u, 1.0f), s)};
   } else {
     const float phi = 0.5f * (1.0f + erff(u * 0.707106781f));
-    return {u * phi, fmaf(u * 0.398942280f, expf(-0.5f * u * u), phi)};
+    return {u * phi, fmaf(u * 0.398942280f, exp2_fast(-0.721347520f * u * u), phi)};
   }
 }
 

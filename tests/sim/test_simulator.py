@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import hulukern
-
 SOURCE = Path(__file__).parents[2] / "csrc/sim/planted.cu"
-LIBRARY = Path(hulukern.__file__).parent / "lib/libhulukern_sim.so"
 
 # What the report must say; a kernel without a fault line must pass.
 SAYS = {
@@ -32,16 +29,6 @@ SAYS = {
     "copy_not_waited_for": r"read of shared memory whose cp.async \(line {line-4}\) was not waited for",
     "copy_without_barrier": r"race .* read without a barrier after the write by thread \d+ at line {line-3}",
 }
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    if not LIBRARY.exists():
-        pytest.skip("the simulator is not built (HULUKERN_SIM=OFF)")
-    found = ctypes.CDLL(str(LIBRARY))
-    found.hk_sim_planted_name.restype = ctypes.c_char_p
-    found.hk_last_error.restype = ctypes.c_char_p
-    return found
 
 
 def fault_line(kernel: str) -> int:

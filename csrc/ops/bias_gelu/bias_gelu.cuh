@@ -21,7 +21,7 @@ struct BiasGeluWalk {
 constexpr int kGeluThreads = 128;
 
 template <int kDtype, int kBytes, bool kTanh, bool kBackward>
-__global__ void __launch_bounds__(kGeluThreads) bias_gelu_rows(const BiasGeluWalk walk) {
+__global__ void __launch_bounds__(kGeluThreads, 1) bias_gelu_rows(const BiasGeluWalk walk) {
   constexpr int kN = kPackElements<kDtype, kBytes>;
   const int i = blockIdx.y * kGeluThreads + threadIdx.x;
   if (i >= walk.packs) return;

@@ -38,6 +38,7 @@ int layer_norm_cuda(const LayerNormArgs& args, void* stream_handle) {
                         0,
                         static_cast<int32_t>(args.E),
                         args.weight_dtype,
+                        1.0f / static_cast<float>(args.E),
                         args.eps};
   with_row_kernel(args.dtype, alignment.packs(), args.E * size, [&](auto dtype, auto bytes, auto warps) {
     using Group = RowGroup<decltype(warps)::value>;
@@ -49,6 +50,9 @@ int layer_norm_cuda(const LayerNormArgs& args, void* stream_handle) {
 }
 
 int layer_norm_backward_cuda(const LayerNormBackwardArgs& args, void* stream_handle) {
+  const char* op = "layer_norm_backward";
+  HK_REQUIRE(args.N <= INT32_MAX / 2, "%s: summed has N=%lld, expected at most 2^30 on CUDA", op,
+             static_cast<long long>(args.N));
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const int64_t size = dtype_size(args.dtype);
   Alignment alignment;
@@ -67,11 +71,12 @@ int layer_norm_backward_cuda(const LayerNormBackwardArgs& args, void* stream_han
                                 args.grad_summed_stride * size,
                                 args.summed_stride * size,
                                 args.grad_x_stride * size,
-                                args.N,
-                                ceil_div(args.N, args.B),
+                                static_cast<int32_t>(args.N),
+                                static_cast<int32_t>(ceil_div(args.N, args.B)),
                                 0,
                                 static_cast<int32_t>(args.E),
-                                args.weight_dtype};
+                                args.weight_dtype,
+                                1.0f / static_cast<float>(args.E)};
   with_row_kernel(args.dtype, alignment.packs(), 0, [&](auto dtype, auto bytes, auto) {
     constexpr int kDtype = decltype(dtype)::value, kBytes = decltype(bytes)::value;
     walk.packs = static_cast<int32_t>(args.E * size / kBytes);
@@ -88,7 +93,7 @@ int layer_norm_backward_cuda(const LayerNormBackwardArgs& args, void* stream_han
   });
   launch_sum_columns(args.partial, 2 * args.E, args.B, args.E, args.grad_weight, args.weight_dtype, stream);
   launch_sum_columns(args.partial + args.E, 2 * args.E, args.B, args.E, args.grad_bias, args.weight_dtype, stream);
-  return launch_status("layer_norm_backward");
+  return launch_status(op);
 }
 
 }  // namespace hk

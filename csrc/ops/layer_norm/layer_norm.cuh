@@ -19,7 +19,7 @@ struct LayerNormWalk {
   int64_t x_row, residual_row, y_row, summed_row;  // bytes
   int64_t N;
   int32_t packs, E, weight_dtype;
-  float eps;
+  float share, eps;  // share: 1 / E
 };
 
 // Pack i of what is normalised: x, or x + residual rounded to the dtype.
@@ -53,14 +53,14 @@ __global__ void __launch_bounds__(RowGroup<kWarps>::kThreads) layer_norm_forward
 #pragma unroll
     for (int k = 0; k < kN; ++k) sum += v[k];
   }
-  const float mean = div_rn(Group::sum(sum, scratch, 0), static_cast<float>(walk.E));
+  const float mean = Group::sum(sum, scratch, 0) * walk.share;
   float squares = 0.0f;
   for (int i = group.place; i < walk.packs; i += Group::kSize) {
     load_summed<kDtype, kBytes>(v, x, residual, i);
 #pragma unroll
     for (int k = 0; k < kN; ++k) squares = fmaf(v[k] - mean, v[k] - mean, squares);
   }
-  const float variance = div_rn(Group::sum(squares, scratch, 1), static_cast<float>(walk.E));
+  const float variance = Group::sum(squares, scratch, 1) * walk.share;
   const float rstd = rsqrt_fast(variance + walk.eps);
   for (int i = group.place; i < walk.packs; i += Group::kSize) {
     float w[kN], b[kN];
@@ -84,25 +84,26 @@ struct LayerNormBackwardWalk {
   unsigned char* grad_x;
   float* partial;                                             // [B, 2, E]
   int64_t grad_row, grad_summed_row, summed_row, grad_x_row;  // bytes
-  int64_t N, stretch;                                         // rows a block
+  int32_t N, stretch;                                         // rows a block
   int32_t packs, E, weight_dtype;
+  float share;  // 1 / E
 };
 
 constexpr int kBackwardWarps = 8, kBackwardThreads = 32 * kBackwardWarps;
 
 template <int kDtype, int kBytes, int kSlots>
-__global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward(const LayerNormBackwardWalk walk) {
+__global__ void __launch_bounds__(kBackwardThreads, 1) layer_norm_backward(const LayerNormBackwardWalk walk) {
   using Group = RowGroup<kBackwardWarps>;
   constexpr int kN = kPackElements<kDtype, kBytes>, kKept = kSlots > 0 ? kSlots : 1;
   __shared__ SharedArray<float, 2 * kBackwardWarps> first_array, second_array;
   const int thread = threadIdx.x;
   const Shared<float> first = first_array.view(), second = second_array.view();
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.N ? begin + walk.stretch : walk.N;
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.N - begin < walk.stretch ? walk.N : begin + walk.stretch;
   float of_weight[kKept][kN] = {}, of_bias[kKept][kN] = {};
   float g[kN], v[kN], w[kN];
 
-  for (int64_t row = begin; row < end; ++row) {
+  for (int row = begin; row < end; ++row) {
     const unsigned char *grad = walk.grad + row * walk.grad_row, *summed = walk.summed + row * walk.summed_row;
     const float mean = load_value(walk.mean + row), rstd = load_value(walk.rstd + row);
     float sum = 0.0f, product = 0.0f;
@@ -116,9 +117,9 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward(const La
         product = fmaf(g[k] * w[k], (v[k] - mean) * rstd, product);
       }
     }
-    const int turn = static_cast<int>(row - begin) % 2;
-    sum = div_rn(Group::sum(sum, first, turn), static_cast<float>(walk.E));
-    product = div_rn(Group::sum(product, second, turn), static_cast<float>(walk.E));
+    const int turn = (row - begin) % 2;
+    sum = Group::sum(sum, first, turn) * walk.share;
+    product = Group::sum(product, second, turn) * walk.share;
     const auto finish = [&](int i, float (&to_weight)[kN], float (&to_bias)[kN]) {
       load_row<kDtype, kBytes>(g, grad, i);
       load_row<kDtype, kBytes>(v, summed, i);
@@ -162,10 +163,10 @@ template <int kDtype>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_columns(const LayerNormBackwardWalk walk) {
   const int e = blockIdx.y * kBackwardThreads + threadIdx.x;
   if (e >= walk.E) return;
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.N ? begin + walk.stretch : walk.N;
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.N - begin < walk.stretch ? walk.N : begin + walk.stretch;
   float of_weight = 0.0f, of_bias = 0.0f;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int row = begin; row < end; ++row) {
     const float g = load_float(walk.grad + row * walk.grad_row, kDtype, e);
     const float v = load_float(walk.summed + row * walk.summed_row, kDtype, e);
     of_weight = fmaf(g, (v - load_value(walk.mean + row)) * load_value(walk.rstd + row), of_weight);

@@ -16,8 +16,17 @@ namespace hk {
 
 constexpr int kPatchThreads = 256;
 
+// values[channel] by selection: indexed by a variable, a kernel argument would move to local memory.
+__device__ __forceinline__ float of_channel(const float (&values)[kMaxChannels], int channel) {
+  float x = values[0];
+#pragma unroll
+  for (int c = 1; c < kMaxChannels; ++c) x = channel == c ? values[c] : x;
+  return x;
+}
+
 __device__ __forceinline__ float normalised(const PixelNorm& norm, int channel, float unit) {
-  return norm.raw ? unit * 255.0f : div_rn(sub_rn(unit, norm.mean[channel]), norm.std_dev[channel]);
+  if (norm.raw) return unit * 255.0f;
+  return div_rn(sub_rn(unit, of_channel(norm.mean, channel)), of_channel(norm.std_dev, channel));
 }
 
 // [channels][256] results, by the whole block.

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_forward(const Att
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float total = warp_reduce<Add, 4>(sum[i][h]);
-      inverse[h] = total > 0 ? div_rn(1.0f, total) : 0.0f;
+      inverse[h] = total > 0 ? reciprocal_fast(total) : 0.0f;
       const int of = row + lane / 4 + 8 * h;
       if (t == 0 && of < tile.rows)
         store_value(walk.lse + head * walk.Nq + tile.first + of,

@@ -39,6 +39,8 @@ int spatial_merge_cuda(const SpatialMergeArgs& args, void* stream_handle) {
                            static_cast<int32_t>(args.E),
                            static_cast<int32_t>(args.area),
                            args.weight_dtype,
+                           1.0f / static_cast<float>(args.E),
+                           1.0f / static_cast<float>(args.area),
                            args.eps};
   with_row_kernel(args.dtype, alignment.packs(), args.E * size, [&](auto dtype, auto bytes, auto warps) {
     using Group = RowGroup<decltype(warps)::value>;
@@ -52,6 +54,8 @@ int spatial_merge_cuda(const SpatialMergeArgs& args, void* stream_handle) {
 int spatial_merge_backward_cuda(const SpatialMergeBackwardArgs& args, void* stream_handle) {
   const char* op = "spatial_merge_backward";
   HK_RETURN_IF_ERROR(check_area(op, args.area));
+  HK_REQUIRE(args.K <= INT32_MAX / 2, "%s: grad has K=%lld, expected at most 2^30 on CUDA", op,
+             static_cast<long long>(args.K));
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const int64_t size = dtype_size(args.dtype);
   // Without a LayerNorm nothing is summed and any number of blocks will do.
@@ -70,13 +74,15 @@ int spatial_merge_backward_cuda(const SpatialMergeBackwardArgs& args, void* stre
                                    args.grad_stride * size,
                                    args.x_stride * size,
                                    args.grad_x_stride * size,
-                                   args.K,
                                    args.cells,
-                                   blocks == 0 ? 0 : ceil_div(args.K, blocks),
+                                   static_cast<int32_t>(args.K),
+                                   static_cast<int32_t>(blocks == 0 ? 0 : ceil_div(args.K, blocks)),
                                    0,
                                    static_cast<int32_t>(args.E),
                                    static_cast<int32_t>(args.area),
-                                   args.weight_dtype};
+                                   args.weight_dtype,
+                                   1.0f / static_cast<float>(args.E),
+                                   1.0f / static_cast<float>(args.area)};
   with_row_kernel(args.dtype, alignment.packs(), 0, [&](auto dtype, auto bytes, auto) {
     constexpr int kDtype = decltype(dtype)::value, kBytes = decltype(bytes)::value;
     walk.packs = static_cast<int32_t>(args.E * size / kBytes);

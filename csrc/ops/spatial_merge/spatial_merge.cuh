@@ -19,11 +19,11 @@ struct SpatialMergeWalk {
   float *mean, *rstd;
   int64_t x_row, out_row, K;  // bytes; cells
   int32_t packs, E, area, weight_dtype;
-  float eps;
+  float of_row, of_cell, eps;  // 1 / E, 1 / area
 };
 
 template <int kDtype, int kBytes, int kWarps>
-__global__ void __launch_bounds__(RowGroup<kWarps>::kThreads) spatial_merge_forward(const SpatialMergeWalk walk) {
+__global__ void __launch_bounds__(RowGroup<kWarps>::kThreads, 1) spatial_merge_forward(const SpatialMergeWalk walk) {
   using Group = RowGroup<kWarps>;
   constexpr int kN = kPackElements<kDtype, kBytes>;
   __shared__ SharedArray<float, 2 * kWarps> array;
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(RowGroup<kWarps>::kThreads) spatial_merge_forw
 #pragma unroll
       for (int k = 0; k < kN; ++k) sum += v[k];
     }
-    const float mean = div_rn(Group::sum(sum, scratch, 0), static_cast<float>(walk.E));
+    const float mean = Group::sum(sum, scratch, 0) * walk.of_row;
     for (int i = group.place; i < walk.packs; i += Group::kSize) {
       load_row<kDtype, kBytes>(v, row, i);
 #pragma unroll
       for (int k = 0; k < kN; ++k) squares = fmaf(v[k] - mean, v[k] - mean, squares);
     }
-    const float variance = div_rn(Group::sum(squares, scratch, 1), static_cast<float>(walk.E));
+    const float variance = Group::sum(squares, scratch, 1) * walk.of_row;
     const float rstd = rsqrt_fast(variance + walk.eps);
     if (group.place == 0) {
       statistics.set(r, {mean, rstd});
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(RowGroup<kWarps>::kThreads) spatial_merge_forw
   } else {
     block_barrier();
   }
-  const float share = div_rn(1.0f, static_cast<float>(walk.area));
+  const float share = walk.of_cell;
   for (int i = group.place; i < walk.packs; i += Group::kSize) {
     float sum[kN] = {};
     for (int r = 0; r < walk.area; ++r) {
@@ -94,36 +94,38 @@ struct SpatialMergeBackwardWalk {
   unsigned char* grad_x;
   float* partial;                       // [B, 2, E]
   int64_t grad_row, x_row, grad_x_row;  // bytes
-  int64_t K, cells, stretch;            // cells a block
+  int64_t cells;
+  int32_t K, stretch;  // cells a block
   int32_t packs, E, area, weight_dtype;
+  float of_row, of_cell;  // 1 / E, 1 / area
 };
 
 constexpr int kMergeWarps = 8, kMergeThreads = 32 * kMergeWarps;
 
 // kSlots: packs a thread adds up columns for; 0: none, and spatial_merge_columns does.
 template <int kDtype, int kBytes, int kSlots>
-__global__ void __launch_bounds__(kMergeThreads) spatial_merge_backward(const SpatialMergeBackwardWalk walk) {
+__global__ void __launch_bounds__(kMergeThreads, 1) spatial_merge_backward(const SpatialMergeBackwardWalk walk) {
   using Group = RowGroup<kMergeWarps>;
   constexpr int kN = kPackElements<kDtype, kBytes>, kKept = kSlots > 0 ? kSlots : 1;
   __shared__ SharedArray<float, 2 * kMergeWarps> sum_array, product_array;
   const int thread = threadIdx.x;
   const Shared<float> sums = sum_array.view(), products = product_array.view();
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.K ? begin + walk.stretch : walk.K;
-  const float share = div_rn(1.0f, static_cast<float>(walk.area));
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.K - begin < walk.stretch ? walk.K : begin + walk.stretch;
+  const float share = walk.of_cell;
   float of_weight[kKept][kN] = {}, of_bias[kKept][kN] = {};
   float g[kN], v[kN], w[kN];
   int turn = 0;
 
-  for (int64_t b = begin; b < end; ++b) {
+  for (int b = begin; b < end; ++b) {
     const unsigned char* grad = walk.grad + b * walk.grad_row;
     const int64_t first = (walk.keep == nullptr ? b : load_value(walk.keep + b)) * walk.area;
     for (int r = 0; r < walk.area; ++r) {
       const unsigned char* row = walk.x + (first + r) * walk.x_row;
       float mean = 0.0f, rstd = 1.0f, sum = 0.0f, product = 0.0f;
       if (walk.weight != nullptr) {
-        mean = load_value(walk.mean + b * walk.area + r);
-        rstd = load_value(walk.rstd + b * walk.area + r);
+        mean = load_value(walk.mean + static_cast<int64_t>(b) * walk.area + r);
+        rstd = load_value(walk.rstd + static_cast<int64_t>(b) * walk.area + r);
         for (int i = threadIdx.x; i < walk.packs; i += kMergeThreads) {
           load_row<kDtype, kBytes>(g, grad, i);
           load_row<kDtype, kBytes>(v, row, i);
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(kMergeThreads) spatial_merge_backward(const Sp
             product = fmaf(g[k] * w[k], (v[k] - mean) * rstd, product);
           }
         }
-        sum = div_rn(Group::sum(sum, sums, turn), static_cast<float>(walk.E));
-        product = div_rn(Group::sum(product, products, turn), static_cast<float>(walk.E));
+        sum = Group::sum(sum, sums, turn) * walk.of_row;
+        product = Group::sum(product, products, turn) * walk.of_row;
         turn ^= 1;
       }
       const auto finish = [&](int i, float (&to_weight)[kN], float (&to_bias)[kN]) {
@@ -185,16 +187,17 @@ template <int kDtype>
 __global__ void __launch_bounds__(kMergeThreads) spatial_merge_columns(const SpatialMergeBackwardWalk walk) {
   const int e = blockIdx.y * kMergeThreads + threadIdx.x;
   if (e >= walk.E) return;
-  const int64_t begin = blockIdx.x * walk.stretch;
-  const int64_t end = begin + walk.stretch < walk.K ? begin + walk.stretch : walk.K;
-  const float share = div_rn(1.0f, static_cast<float>(walk.area));
+  const int begin = blockIdx.x * walk.stretch;
+  const int end = walk.K - begin < walk.stretch ? walk.K : begin + walk.stretch;
+  const float share = walk.of_cell;
   float of_weight = 0.0f, of_bias = 0.0f;
-  for (int64_t b = begin; b < end; ++b) {
+  for (int b = begin; b < end; ++b) {
     const float g = load_float(walk.grad + b * walk.grad_row, kDtype, e);
     const int64_t first = (walk.keep == nullptr ? b : load_value(walk.keep + b)) * walk.area;
     for (int r = 0; r < walk.area; ++r) {
       const float v = load_float(walk.x + (first + r) * walk.x_row, kDtype, e);
-      const float normed = (v - load_value(walk.mean + b * walk.area + r)) * load_value(walk.rstd + b * walk.area + r);
+      const float normed = (v - load_value(walk.mean + static_cast<int64_t>(b) * walk.area + r)) *
+                           load_value(walk.rstd + static_cast<int64_t>(b) * walk.area + r);
       of_weight = fmaf(g * share, normed, of_weight);
     }
     of_bias += g;
@@ -207,7 +210,7 @@ __global__ void __launch_bounds__(kMergeThreads) spatial_merge_columns(const Spa
 // Block i: zeros for the rows of the cells between kept cells i - 1 and i.
 template <int kBytes>
 __global__ void __launch_bounds__(kMergeThreads) zero_cells_left_out(const SpatialMergeBackwardWalk walk) {
-  const int64_t i = blockIdx.x;
+  const int i = blockIdx.x;
   const int64_t begin = (i == 0 ? 0 : load_value(walk.keep + i - 1) + 1) * walk.area;
   const int64_t end = (i == walk.K ? walk.cells : load_value(walk.keep + i)) * walk.area;
   for (int64_t row = begin; row < end; ++row)

@@ -88,7 +88,7 @@ __device__ __forceinline__ uint32_t count_kept(const uint8_t* mask, int64_t begi
   return block_sum(sum, sums);
 }
 
-__global__ void __launch_bounds__(kCompactThreads) compact_mask(const CompactWalk walk) {
+__global__ void __launch_bounds__(kCompactThreads, 1) compact_mask(const CompactWalk walk) {
   __shared__ SharedArray<uint32_t, kCompactWarps> sums_array;
   __shared__ SharedArray<uint32_t, kTile + 1> before_array;
   const Shared<uint32_t> sums = sums_array.view(), before = before_array.view();  // kept before each row of the tile
