@@ -43,6 +43,13 @@ int check_exec(const char* op, const hk_exec* exec) {
   return HK_OK;
 }
 
+int check_cpu(const char* op, const hk_exec* exec) {
+  HK_RETURN_IF_ERROR(check_exec(op, exec));
+  if (exec->device != HK_CPU)
+    return fail(HK_UNSUPPORTED, "%s: exec has device cuda, expected cpu: it has no CUDA kernel", op);
+  return check_cpu_level(op);
+}
+
 int check_device(const char* op, const hk_exec* exec) {
   HK_RETURN_IF_ERROR(check_exec(op, exec));
   if (exec->device == HK_CPU) return check_cpu_level(op);

@@ -24,6 +24,8 @@ int64_t dtype_size(int32_t dtype);
   } while (0)
 
 int check_exec(const char* op, const hk_exec* exec);
+// For what has no CUDA kernel: exec must name the CPU, and the CPU level be usable.
+int check_cpu(const char* op, const hk_exec* exec);
 // What exec names must be built in, and the CPU level be usable.
 int check_device(const char* op, const hk_exec* exec);
 // Whether a call may look into its tensors: on CUDA that would stall the stream, unless it is simulated.

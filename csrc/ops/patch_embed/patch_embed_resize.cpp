@@ -49,9 +49,7 @@ using namespace hk;
 
 extern "C" int hk_patch_embed_resize(const hk_exec* exec, const hk_tensor* frames, const hk_tensor* out) {
   const char* op = "patch_embed_resize";
-  HK_RETURN_IF_ERROR(check_exec(op, exec));
-  if (exec->device != HK_CPU) return fail(HK_UNSUPPORTED, "%s: exec has device cuda, expected cpu", op);
-  HK_RETURN_IF_ERROR(check_cpu_level(op));
+  HK_RETURN_IF_ERROR(check_cpu(op, exec));
   HK_RETURN_IF_ERROR(check_tensor(op, "frames", frames, 4));
   HK_RETURN_IF_ERROR(check_dtype(op, "frames", frames, HK_U8));
   HK_RETURN_IF_ERROR(check_dense(op, "frames", frames, 2));

@@ -18,10 +18,7 @@ def token_compact(
     bound: int | None,
     fill: list[int],
 ) -> Outputs:  # rows [B, ...], index [B] i64, position_ids [B] i64, cu_seqlens [S+1] i32, count [1] i64
-    if cu_seqlens is not None:
-        check_cu_seqlens("token_compact", "cu_seqlens", cu_seqlens, n_rows)
-    if keep.dtype != torch.bool:
-        _check_rows(keep, n_rows)
+    check_values(keep, cu_seqlens, n_rows)
     rows = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
     count = rows.numel()
     size = count if bound is None else bound
@@ -44,24 +41,34 @@ def token_compact(
 
 def token_compact_backward(grad: torch.Tensor, index: torch.Tensor, n_rows: int) -> torch.Tensor:
     """``[B, ...]`` and ``[B]`` -> ``[n_rows, ...]``: what was not kept gets zero."""
-    outside = index[(index < -1) | (index >= n_rows)] if index.device.type == "cpu" else index[:0]
-    if outside.numel():
-        fail("token_compact_backward", "index", f"value {int(outside[0])}", f"-1 or below N={n_rows}")
+    check_index(index, n_rows)
     out = grad.new_zeros((n_rows, *grad.shape[1:]))
     kept = index >= 0
     out[index[kept]] = grad[kept]
     return out
 
 
-def _check_rows(rows: torch.Tensor, n_rows: int) -> None:
-    """Strictly increasing and below N, where looking does not stall a device."""
-    if rows.device.type != "cpu" or not rows.numel():
+def check_values(keep: torch.Tensor, cu_seqlens: torch.Tensor | None, n_rows: int) -> None:
+    """Rows strictly increasing and below N, ends from 0 to N and never falling; where looking does not stall a
+    device."""
+    if cu_seqlens is not None:
+        check_cu_seqlens("token_compact", "cu_seqlens", cu_seqlens, n_rows)
+    if keep.dtype == torch.bool or keep.device.type != "cpu" or not keep.numel():
         return
-    wrong = torch.ones_like(rows, dtype=torch.bool)
-    wrong[1:] = rows[1:] <= rows[:-1]
-    wrong[0] = rows[0] < 0
-    wrong |= rows >= n_rows
+    wrong = torch.ones_like(keep, dtype=torch.bool)
+    wrong[1:] = keep[1:] <= keep[:-1]
+    wrong[0] = keep[0] < 0
+    wrong |= keep >= n_rows
     if wrong.any():
         at = int(wrong.nonzero()[0])
-        came = f"row {int(rows[at])} at {at}"
+        came = f"row {int(keep[at])} at {at}"
         fail("token_compact", "keep", came, f"strictly increasing rows below N={n_rows}")
+
+
+def check_index(index: torch.Tensor, n_rows: int) -> None:
+    """-1 or below N, where looking does not stall a device."""
+    if index.device.type != "cpu":
+        return
+    outside = index[(index < -1) | (index >= n_rows)]
+    if outside.numel():
+        fail("token_compact_backward", "index", f"value {int(outside[0])}", f"-1 or below N={n_rows}")

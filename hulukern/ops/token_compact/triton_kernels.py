@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from hulukern.ops.common import rows_dense
-from hulukern.ops.token_compact.reference import Outputs
+from hulukern.ops.token_compact.reference import Outputs, check_index, check_values
 from hulukern.ops.triton_common import architecture
 from hulukern.tuning import row as tuned
 
@@ -273,6 +273,7 @@ def token_compact(
     bound: int | None,
     fill: list[int],
 ) -> Outputs:  # rows [B, ...], index [B] i64, position_ids [B] i64, cu_seqlens [S+1] i32, count [1] i64
+    check_values(keep, cu_seqlens, n_rows)
     if bound is None:  # the one wait that an output of unknown size costs
         bound = int(torch.count_nonzero(keep)) if keep.dtype == torch.bool else keep.shape[0]
     index, position_ids, ends, count = _find(keep, cu_seqlens, n_rows, bound)
@@ -294,6 +295,7 @@ def token_compact(
 
 
 def token_compact_backward(grad: torch.Tensor, index: torch.Tensor, n_rows: int) -> torch.Tensor:
+    check_index(index, n_rows)
     """``[B, ...]`` and ``[B]`` -> ``[n_rows, ...]``: what was not kept gets zero."""
     out = torch.empty((n_rows, *grad.shape[1:]), dtype=grad.dtype, device=grad.device)
     if out.numel() == 0:
