@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -52,6 +53,14 @@ def meta() -> dict[str, Any]:
         "native": env["native"],
         "gpu": env["gpu"],
     }
+
+
+def stored_path(suite: str) -> Path:
+    """Where a commit's results are kept: bench/results/<device>/<suite>-<commit>.json."""
+    now = meta()
+    device = now["gpu"][0] if now["gpu"] else now["cpu"]["model"]
+    folder = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return Path(__file__).parent / "results" / folder / f"{suite}-{now['commit']}.json"
 
 
 def write_results(path: Path, rows: list[dict[str, Any]], checks: list[dict[str, Any]], **more: Any) -> None:

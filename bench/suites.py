@@ -1,28 +1,56 @@
-"""Suites of checks: each compares what users get with the best peer, and says whether its target was met."""
+"""Suites: each measures what users get in turns with the best peers, correct first, and writes one results file."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 
+from bench.results import stored_path
+
 EXAMPLES = """examples:
+  python -m bench run --suite ops                    every op and dtype against every peer, in turns
+  python -m bench run --suite ops --op rope_attention --dtype bfloat16 --backend cpu --json a.json
+  python -m bench run --suite ops --json a.json --resume             goes on where it was interrupted
   python -m bench run --suite cpu --json cpu.json    CPU kernels and encoder against torch and transformers
   python -m bench run --suite cpu --json a.json --only attention --seconds 30
+  python -m bench run --suite e2e                    the 55 % tracker, as python -m bench e2e does it
 
-exit codes: 0 done, 1 implementations disagree, 2 bad arguments
+exit codes: 0 done, 1 implementations disagree, 2 bad arguments, a file that is not the suite's, or interrupted
 """
-SUITES = {"cpu": "bench.cpu"}  # name -> module with main(path, only, seconds)
+SECONDS = {"quick": 24.0, "cpu": 90.0, "ops": 120.0, "e2e": 20.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=list(SUITES), required=True)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the results go")
-    parser.add_argument("--only", default="", metavar="TEXT", help="checks whose name holds this")
-    parser.add_argument("--seconds", type=float, default=90.0, help="measuring time, about (default: 90)")
+    parser.add_argument("--suite", choices=list(SECONDS), required=True)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where results go (default: bench/results/DEVICE/SUITE-COMMIT.json)"
+    )
+    default = ", ".join(f"{name} {seconds:g}" for name, seconds in SECONDS.items())
+    parser.add_argument("--seconds", type=float, help=f"measuring time, about (default: {default} per input)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cpu: checks whose name holds this")
+    for name in ("op", "case", "dtype", "backend"):
+        parser.add_argument(f"--{name}", action="append", default=[], help="ops: only this; may be repeated")
+    parser.add_argument("--baseline", action="append", default=[], help="ops: only this peer; none for none")
+    parser.add_argument("--resume", action="store_true", help="ops: go on with the file of an interrupted run")
 
 
 def run(options: argparse.Namespace) -> int:
-    if not options.seconds > 0:
-        raise ValueError(f"--seconds: has {options.seconds}, expected above 0")
-    return int(importlib.import_module(SUITES[options.suite]).main(options.json, options.only, options.seconds))
+    seconds = SECONDS[options.suite] if options.seconds is None else options.seconds
+    if not seconds > 0:
+        raise ValueError(f"--seconds: has {seconds}, expected above 0")
+    path = options.json or stored_path(options.suite)
+    filters = (options.op, options.case, options.dtype, options.backend, options.baseline)
+    if options.suite != "ops" and (any(filters) or options.resume):
+        raise ValueError(f"--suite: has {options.suite!r}, expected ops with --op … --baseline and --resume")
+    if options.suite == "ops":
+        from bench import ops
+
+        return ops.main(path, ops.Filter(*filters), seconds, options.resume)
+    if options.suite == "cpu":
+        from bench import cpu
+
+        return cpu.main(path, options.only, seconds)
+    from bench.__main__ import main
+
+    where = ["--out", str(path.parent)] if options.suite == "quick" else ["--json", str(path)]
+    return main([options.suite, *where, "--seconds", str(seconds)])

@@ -1,0 +1,433 @@
+"""Suite ops: every op, performance case, dtype, direction and backend that can run here, in turns with its peers.
+
+Correct first: each backend passes the harness on a small case, and everyone agrees with the reference on the case
+that is timed, or is not timed. Then no one may cheat: argument sets rotate, results are held and checked again after
+timing, inputs get fresh values, and a call on fresh values that takes far longer than the median was cached.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+import hulukern
+from bench import roofline
+from bench.baselines import BASELINES, Baseline, Run
+from bench.listing import why_not
+from bench.results import load_results, meta, row, write_results
+from bench.timing import Rounds, interleave, interleave_cuda
+from hulukern.backends import BACKENDS
+from hulukern.spec import Arguments, Case, Op
+from hulukern.testing import harness
+from hulukern.validation import dtype_name
+
+# Of the largest value, against the reference on the case that is timed; the harness is strict on a small one.
+# Peers may add up gradients in 16 bits.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+TOLERANCE_16, TOLERANCE_PEERS = 0.03, 0.1
+FRESH = 2  # calls on inputs never seen
+CACHED = 4.0  # times the median: more on fresh inputs than noise explains
+CACHED_FLOOR_S = 2e-3  # and by at least this: a scheduler's slice is no cache
+SAVE_EVERY_S = 10.0
+
+
+class Wrong(RuntimeError):
+    """An implementation is not worth timing."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What to measure; empty is all."""
+
+    ops: Sequence[str] = ()
+    cases: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    backends: Sequence[str] = ()
+    baselines: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Raises ValueError for a name that nothing has."""
+        specs = [o.spec for o in hulukern.OPS.values()]
+        known = {
+            "--op": (self.ops, list(hulukern.OPS)),
+            "--case": (self.cases, sorted({c.name for op in specs for c in op.perf_cases})),
+            "--dtype": (self.dtypes, sorted({dtype_name(d) for op in specs for d in op.dtypes})),
+            "--backend": (self.backends, list(BACKENDS)),
+            "--baseline": (self.baselines, [b.name for b in BASELINES] + ["none"]),
+        }
+        for option, (given, names) in known.items():
+            for name in given:
+                if name not in names:
+                    raise ValueError(f"{option}: has {name!r}, expected one of {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is measured in turns."""
+
+    op: str
+    case: str
+    dtype: str
+    direction: str
+
+    def __str__(self) -> str:
+        return f"{self.op}/{self.case}/{self.dtype}/{self.direction}"
+
+
+def groups(wanted: Filter) -> list[Group]:
+    found = []
+    for name, registered in hulukern.OPS.items():
+        op = registered.spec
+        for case in op.perf_cases:
+            for dtype in op.dtypes:
+                # Gradients exist in floats only, and where a spec names arguments that have one.
+                directions = ("fwd", "bwd") if op.differentiable and dtype.is_floating_point else ("fwd",)
+                for direction in directions:
+                    group = Group(name, case.name, dtype_name(dtype), direction)
+                    pairs = ((group.op, wanted.ops), (group.case, wanted.cases), (group.dtype, wanted.dtypes))
+                    if all(not names or value in names for value, names in pairs):
+                        found.append(group)
+    if not found:
+        raise ValueError("--op, --case, --dtype: have no performance case in common, see python -m bench list")
+    return found
+
+
+# --- one group -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    """An implementation under measurement. ``turn`` runs the next argument set; results are held until checked."""
+
+    name: str
+    op: Op
+    direction: str
+    run: Callable[[Arguments], Any]
+    sets: list[Any] = field(default_factory=list)
+    held: dict[int, Any] = field(default_factory=dict)
+    turns: int = 0
+
+    @property
+    def ours(self) -> bool:
+        return self.name in BACKENDS
+
+    def take(self, arguments: list[Arguments]) -> None:
+        """A backward is timed alone: forwards run now, and keep their graphs."""
+        forward = self.direction == "fwd"
+        self.sets = arguments if forward else [harness.graph(self.op, a, self.run) for a in arguments]
+        self.held = {}
+
+    def call(self, k: int) -> Any:
+        if self.direction == "fwd":
+            self.held[k] = self.run(self.sets[k])
+        else:
+            g = self.sets[k]
+            self.held[k] = torch.autograd.grad(g.outputs, g.leaves, g.upstream, allow_unused=True, retain_graph=True)
+        return self.held[k]
+
+    def turn(self) -> Any:
+        self.turns += 1
+        return self.call(self.turns % len(self.sets))
+
+    def check(self, expected: list[Any], exact: bool, when: str) -> None:
+        """Raises Wrong for a held result that is not what it should be."""
+        for k, got in self.held.items():
+            _agree(got, expected[k], exact and self.ours, self.ours, when)
+
+
+def measure(
+    group: Group, contenders: list[Contender], device: str, seconds: float, reasons: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Rows of those that hold; ``reasons`` gets why another does not: "absent: …" where it cannot, "wrong: …" where
+    its result is."""
+    op = hulukern.OPS[group.op].spec
+    case, dtype = next(c for c in op.perf_cases if c.name == group.case), getattr(torch, group.dtype)
+    sample = functools.partial(harness.sample, op, case, dtype, device)
+    first = sample()
+    exact, cost = op.exact(first), _cost(op, case, dtype, first, group.direction)
+    arguments = [first] + [sample(seed=k) for k in range(1, _n_sets(cost[0], device))]
+    expected = [_expected(op, a, group.direction) for a in arguments]
+
+    def attempt(step: Callable[[Contender], None]) -> None:
+        for c in [c for c in contenders if c.name not in reasons]:
+            try:
+                step(c)
+            except (Wrong, AssertionError) as error:
+                reasons[c.name] = f"wrong: {_line(error)}"
+            except Exception as error:  # a peer refuses in its own words; ours must not refuse
+                reasons[c.name] = f"{'wrong' if c.ours else 'absent'}: {type(error).__name__}: {_line(error)}"
+
+    def correct_first(c: Contender) -> None:
+        if c.ours:
+            _strict(op.name, dtype, c.name, device, group.direction)
+        c.take(arguments)
+        for k in range(len(arguments)):
+            c.call(k)
+        c.check(expected, exact, "before timing")
+
+    attempt(correct_first)
+    timed = [c for c in contenders if c.name not in reasons]
+    if not timed:
+        return []
+    rounds = _time(timed, len(arguments), device, seconds)
+    attempt(lambda c: c.check(expected, exact, "after timing"))
+
+    quickest = {c.name: float("inf") for c in timed}
+    for k in range(FRESH):
+        new = sample(seed=1000 + k)
+        # In the storage of the old ones: who knows inputs by their address is caught.
+        new = _overwritten(first, new) if group.direction == "fwd" else new
+        correct = [_expected(op, new, group.direction)]
+
+        def fresh(c: Contender, new: Arguments = new, correct: list[Any] = correct) -> None:
+            c.take([new])
+            start = time.perf_counter()
+            c.call(0)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            quickest[c.name] = min(quickest[c.name], time.perf_counter() - start)
+            c.check(correct, exact, "on fresh inputs")
+
+        attempt(fresh)
+    for c in [c for c in timed if c.name not in reasons]:
+        t = rounds.timing(c.name)
+        if quickest[c.name] > CACHED * t.high + CACHED_FLOOR_S:
+            reasons[c.name] = f"wrong: fresh inputs take {quickest[c.name] / t.median:.0f} times the median: cached"
+    where = (group.op, group.case, group.dtype, group.direction)
+    return [row(*where, c.name, rounds.timing(c.name), *cost) for c in timed if c.name not in reasons]
+
+
+def contenders(group: Group, wanted: Filter, device: str, reasons: dict[str, str]) -> list[Contender]:
+    """Everyone who may run here; the reference only when it is asked for, since nobody runs it for its speed."""
+    op = hulukern.OPS[group.op].spec
+    found = []
+    for backend in wanted.backends or roofline.OURS:
+        reason = why_not(op, backend, device)
+        if reason:
+            reasons[backend] = f"absent: {reason}"
+        else:
+            found.append(Contender(backend, op, group.direction, functools.partial(_through, op, backend)))
+    for peer in BASELINES:
+        if op.name in peer.ops and (not wanted.baselines or peer.name in wanted.baselines):
+            reason = peer.absent(device)
+            if reason:
+                reasons[peer.name] = f"absent: {reason}"
+            else:
+                found.append(Contender(peer.name, op, group.direction, _Prepared(peer, op)))
+    return found
+
+
+def _through(op: Op, backend: str, a: Arguments) -> Any:
+    return harness.call(op, a, backend)
+
+
+class _Prepared:
+    """A peer that prepares itself for the first arguments it sees."""
+
+    def __init__(self, peer: Baseline, op: Op) -> None:
+        self.peer, self.op = peer, op
+        self.run: Run | None = None
+
+    def __call__(self, a: Arguments) -> Any:
+        self.run = self.run or self.peer.prepare(self.op, a)
+        return self.run(a)
+
+
+@functools.cache
+def _strict(name: str, dtype: torch.dtype, backend: str, device: str, direction: str) -> None:
+    """The harness on a small case: the tolerance of the tests. Raises AssertionError."""
+    op = hulukern.OPS[name].spec
+    check = harness.check_forward if direction == "fwd" else harness.check_backward
+    check(op, op.cases[0], dtype, backend, device)
+
+
+def _n_sets(n_bytes: int, device: str) -> int:
+    """On a GPU sets that together exceed the last-level cache twice; anywhere two, so that inputs change."""
+    if device == "cpu":
+        return 2
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(16, 1 + 2 * cache // max(n_bytes, 1)))
+
+
+def _time(contenders: list[Contender], sets: int, device: str, seconds: float) -> Rounds:
+    if device == "cuda":
+        return interleave_cuda({c.name: c.call for c in contenders}, sets=sets, seconds=seconds)
+    return interleave({c.name: c.turn for c in contenders}, seconds=seconds, min_rounds=5, warmups=1)
+
+
+def _expected(op: Op, a: Arguments, direction: str) -> Any:
+    if direction == "fwd":
+        return harness.call(op, a, "reference")
+    g = harness.graph(op, a, lambda a: harness.call(op, a, "reference"))
+    return torch.autograd.grad(g.outputs, g.leaves, g.upstream, allow_unused=True)
+
+
+def _overwritten(old: Arguments, new: Arguments) -> Arguments:
+    pairs = list(zip(pytree.tree_leaves(old), pytree.tree_leaves(new), strict=True))
+    if any(isinstance(x, torch.Tensor) and x.shape != y.shape for x, y in pairs):
+        return new  # as many values are kept as chance has it
+    for x, y in pairs:
+        if isinstance(x, torch.Tensor):
+            x.copy_(y)
+    return old
+
+
+def _agree(got: Any, expected: Any, exact: bool, ours: bool, when: str) -> None:
+    """Raises Wrong. A peer may return the first results only."""
+    a, b = ([x for x in pytree.tree_leaves(v) if isinstance(x, torch.Tensor)] for v in (got, expected))
+    if not a or len(a) > len(b) or (ours and len(a) < len(b)):
+        raise Wrong(f"{when} {len(a)} results, expected {len(b)}")
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x.shape != y.shape:
+            raise Wrong(f"{when} result {i} has shape {list(x.shape)}, expected {list(y.shape)}")
+        if exact or not y.is_floating_point():
+            off, limit = float((x != y).float().mean()) if x.numel() else 0.0, 0.0
+        else:
+            limit = TOLERANCE.get(y.dtype, TOLERANCE_16) if ours else TOLERANCE_PEERS
+            finite = y.isfinite()
+            if not torch.equal(x.isfinite(), finite):
+                raise Wrong(f"{when} result {i} is not finite in other places than the reference")
+            x, y = x[finite].float(), y[finite].float()
+            scale = y.abs().max().clamp(min=1e-6) if y.numel() else 1.0
+            off = float((x - y).abs().max() / scale) if y.numel() else 0.0
+        if not off <= limit:
+            raise Wrong(f"{when} result {i} is off by {off:.3g} of the largest value, at most {limit:g} is expected")
+
+
+def _cost(op: Op, case: Case, dtype: torch.dtype, a: Arguments, direction: str) -> tuple[int, int]:
+    """Bytes and FLOPs: of a backward what the op that does it says, where there is one with this case."""
+    if direction == "fwd":
+        cost = op.cost(a)
+        return cost.bytes, cost.flops
+    backward = hulukern.OPS.get(f"{op.name}_backward")
+    if backward is None or case not in backward.spec.perf_cases:
+        return 0, 0
+    cost = backward.spec.cost(harness.sample(backward.spec, case, dtype, "cpu"))
+    return cost.bytes, cost.flops
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+
+
+# --- all of them -----------------------------------------------------------------------------------------------
+
+
+class Suite:
+    """A run that saves as it goes: what an interrupted one leaves is whole, and ``resume`` goes on from there."""
+
+    def __init__(self, path: Path, wanted: Filter, device: str, resume: bool = False) -> None:
+        self.path, self.wanted, self.device = path, wanted, device
+        self.groups = groups(wanted)
+        self.rows: list[dict[str, Any]] = []
+        self.reasons: dict[str, dict[str, str]] = {}  # group -> implementation -> why it has no row
+        self.extra: dict[str, Any] = {}
+        self._saved = 0.0
+        before = _earlier(path) if path.exists() else None
+        if resume and before is not None:
+            _same_machine(path, before, device)
+            self.rows, self.reasons = before["rows"], before["reasons"]
+            self.ceilings = roofline.Ceilings(**before["ceilings"]["measured"])
+        else:
+            self.ceilings = roofline.measure(device)
+
+    @property
+    def left(self) -> list[Group]:
+        return [g for g in self.groups if str(g) not in self.reasons]
+
+    @property
+    def wrong(self) -> list[str]:
+        return [
+            f"{group}/{name}: {reason}" for group, found in self.reasons.items() for name, reason in found.items()
+            if reason.startswith("wrong")
+        ]  # fmt: skip
+
+    def run(self, seconds: float, deadline: float = float("inf")) -> Iterator[Group]:
+        """Measures groups, about ``seconds`` of measuring each; none is begun after ``deadline`` (monotonic)."""
+        for group in self.left:
+            if time.monotonic() > deadline:
+                break
+            reasons: dict[str, str] = {}
+            try:
+                found = contenders(group, self.wanted, self.device, reasons)
+                self.rows += measure(group, found, self.device, seconds, reasons)
+            except Exception as error:  # no group may cost the others their turn
+                reasons["all"] = f"wrong: {type(error).__name__}: {_line(error)}"
+            self.reasons[str(group)] = reasons
+            if time.monotonic() - self._saved > SAVE_EVERY_S:
+                self.save()
+            yield group
+        self.save()
+
+    def save(self) -> None:
+        peaks = roofline.datasheet(self.device)
+        write_results(
+            self.path, self.rows, [], suite="ops", device=self.device, complete=not self.left, reasons=self.reasons,
+            **roofline.as_json(self.rows, self.ceilings, peaks), **self.extra,
+        )  # fmt: skip
+        self._saved = time.monotonic()
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """Raises ValueError for what is not a file of this suite: it is not ours to overwrite."""
+    data = load_results(path)
+    if data.get("suite") != "ops":
+        raise ValueError(f"{path}: has results of another suite, expected those of ops or no file")
+    return data
+
+
+def _same_machine(path: Path, data: Mapping[str, Any], device: str) -> None:
+    now = meta() | {"device": device}
+    for key, was in (data["meta"] | {"device": data["device"]}).items():
+        if key != "time" and was != now[key]:
+            raise ValueError(f"{path}: has {key} {was}, expected {now[key]} to go on; without --resume it starts anew")
+
+
+def table(rows: Sequence[Mapping[str, Any]], light: Sequence[Mapping[str, Any]]) -> str:
+    """For a terminal, and for a machine with nothing but torch."""
+    head = ("op", "case", "dtype", "dir", "impl", "median us", "95 % interval", "of light", "of sheet", "x peer")
+    lines = [head]
+    for r, n in zip(rows, light, strict=True):
+        shares = ["" if n[k] is None else f"{100 * n[k]:.0f} %" for k in ("of_measured", "of_datasheet")]
+        lines.append(
+            (
+                r["op"], r["case"], r["dtype"], r["direction"], r["impl"], f"{r['median_s'] * 1e6:.1f}",
+                f"{r['low_s'] * 1e6:.1f} .. {r['high_s'] * 1e6:.1f}", *shares,
+                "" if n["faster"] is None else f"{n['faster']:.2f}",
+            )
+        )  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main(path: Path, wanted: Filter, seconds: float, resume: bool) -> int:
+    """The suite as a command. Exit code 1 when a result is wrong, 2 when interrupted."""
+    wanted.check()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # one core a thread, the same ones throughout
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
+    suite = Suite(path, wanted, device, resume)
+    left, begin = suite.left, time.monotonic()
+    each = seconds / len(suite.groups)
+    print(f"{len(left)} of {len(suite.groups)} groups to measure, about {each:.2g} s each and as long for checks")
+    try:
+        for group in suite.run(each):
+            print(f"[{time.monotonic() - begin:5.0f} s] {group}", flush=True)
+    except KeyboardInterrupt:
+        suite.save()
+        print(
+            f"bench: interrupted with {len(suite.left)} groups left; {path} is whole, --resume goes on", file=sys.stderr
+        )
+        return 2
+    print(table(suite.rows, load_results(path)["roofline"]))
+    print("\n".join([f"wrong  {w}" for w in suite.wrong] + [str(path)]))
+    return 1 if suite.wrong else 0
