@@ -13,6 +13,7 @@ COMMANDS = {
     "e2e": ("bench.e2e", "the 55 % tracker: throughput over reduction against the ideal line"),
     "list": ("bench.listing", "what can be measured here, and why the rest cannot"),
     "profile": ("bench.profile", "where an op's time goes"),
+    "report": ("bench.report", "one HTML page of results files"),
     "compare": ("bench.compare", "verdicts on two result files, ours or pytest-benchmark's"),
     "gate": ("bench.gate", "measure a base and a head in turns, and judge"),
     "static": ("bench.static", "registers, spills and tensor instructions, without a GPU"),

@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
                     checks.append(check(f"e2e_gain_at_55_{i.name}", ratio.median, ratio.low, ratio.high, 1.0))
             bar.advance(task)
     shape = {"encoder_layers": options.encoder_layers, "decoder": options.decoder, "frames": options.max_frames}
-    write_results(options.json, rows, checks, curve=found, model=shape)
+    write_results(options.json, rows, checks, suite="e2e", curve=found, model=shape)
     print(curve(found))
     print(f"\n{options.json}")
     return 0

@@ -25,12 +25,13 @@ def svg(draw: Callable[[Any], None], label: str, height: float = 3.4) -> str:
     import matplotlib
 
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
 
     style = {
         "svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9, "axes.edgecolor": SOFT, "axes.labelcolor": SOFT,
         "text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE, "legend.frameon": False,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": matplotlib.cycler(color=SERIES),
+        "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=SERIES),
     }  # fmt: skip
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(WIDTH, height), layout="constrained")
@@ -103,7 +104,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> 
         x = [r["flops"] / r["bytes"] for r in rows]
         y = [r["flops"] / r["median_s"] for r in rows]
         span = [min(x) / 3, max(x) * 3]
-        for k, (title, style) in enumerate((("measured", "-"), ("datasheet", ":"))):
+        for title, style in (("measured", "-"), ("datasheet", ":")):
             roof = ceilings[title]
             if roof is None:
                 continue
@@ -114,7 +115,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> 
                 roofed = [min(peak, v * roof["bytes_per_s"]) for v in path]
                 axes.plot(path, roofed, style, color=SOFT, linewidth=1.2)
                 where = f"{dtype}, {title}"
-                axes.annotate(where, (span[1], peak), (0, 3 + 9 * k), textcoords="offset points", ha="right", color=SOFT)
+                axes.annotate(where, (span[1], peak), (0, 3), textcoords="offset points", ha="right", color=SOFT)
         for impl, marker in zip(OURS, "os^", strict=True):
             mine = [i for i, r in enumerate(rows) if r["impl"] == impl]
             if mine:
@@ -138,7 +139,7 @@ def curve(points: Sequence[Mapping[str, Any]], target: float) -> str:
     inputs = list(dict.fromkeys(p["input"] for p in points))
 
     def draw(axes: Any) -> None:
-        removed = [r / 100 for r in range(0, 96)]
+        removed = [r / 100 for r in range(96)]
         axes.plot([100 * r for r in removed], [1 / (1 - r) for r in removed], "--", color=SOFT, label="ideal")
         axes.axvline(100 * target, color=SOFT, linewidth=1, linestyle=":")
         for name, colour in zip(inputs, SERIES * len(inputs), strict=False):
@@ -152,7 +153,7 @@ def curve(points: Sequence[Mapping[str, Any]], target: float) -> str:
                 )  # fmt: skip
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}×")
-        axes.set_xlabel(f"visual tokens removed, % (dotted: {100 * target:g}; squares, diamonds: rules previous, bounded)")
+        axes.set_xlabel(f"tokens removed, % (dotted: {100 * target:g}; squares, diamonds: rules previous, bounded)")
         axes.set_ylabel("throughput")
         axes.legend()
 

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     target = options.out / "quick.json"
     write_results(target, job.rows, job.checks, **job.extra())
-    write_text(options.out / "report.html", report.html(target, job.inputs, job.masks))
+    write_text(options.out / "report.html", report.html([target]))
     if options.picture is not None:
         report.save_picture(options.picture, job.inputs[0], job.masks)
     report.print_tables(console, target)

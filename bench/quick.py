@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import hulukern
-from bench import baselines
+from bench import baselines, report, roofline
 from bench.report import CELL
 from bench.results import check, row
 from bench.timing import Rounds, Timing, interleave, summarize
@@ -136,9 +136,10 @@ class Quick:
         self.outcomes: list[Outcome] = []
         self.masks: dict[tuple[str, str], torch.Tensor] = {}
         self.copy_bytes_per_s = 0.0
+        self.ceilings = roofline.Ceilings(0.0, {})
 
     def run(self) -> None:
-        steps: list[tuple[str, Callable[[], None]]] = [("copy bandwidth", self.copy_bandwidth)]
+        steps: list[tuple[str, Callable[[], None]]] = [("ceilings", self.measure_ceilings)]
         steps += [
             (f"{i.name}: {rule}", lambda i=i, rule=rule: self.rule(i, rule))  # type: ignore[misc]
             for i in self.inputs
@@ -162,13 +163,9 @@ class Quick:
     def row(self, op: str, case: str, dtype: str, impl: str, t: Timing, n_bytes: int = 0, flops: int = 0) -> None:
         self.rows.append(row(op, case, dtype, "fwd", impl, t, n_bytes, flops))
 
-    def copy_bandwidth(self) -> None:
-        """Bytes read plus written per second, of a copy well beyond the last-level cache."""
-        source = torch.randint(0, 255, (128 << 20,), dtype=torch.uint8)
-        target = torch.empty_like(source)
-        t = interleave({"copy": lambda: target.copy_(source)}, seconds=0.5).timing("copy")
-        self.copy_bytes_per_s = 2 * source.numel() / t.median
-        self.row("copy", "128MiB", "uint8", "torch", t, 2 * source.numel())
+    def measure_ceilings(self) -> None:
+        self.ceilings = roofline.measure("cpu", 1.0)
+        self.copy_bytes_per_s = self.ceilings.bytes_per_s
 
     def rule(self, i: Input, rule: str) -> None:
         """Tokens, drift, and the time of the stages on each backend."""
@@ -293,6 +290,9 @@ class Quick:
     def extra(self) -> dict[str, Any]:
         """What stands in the JSON beside rows and checks."""
         return {
+            "suite": "quick",
+            **roofline.as_json(self.rows, self.ceilings, None),
+            "pictures": report.pictures(self.inputs, self.masks),
             "pruning": [asdict(o) for o in self.outcomes],
             "copy_bytes_per_s": self.copy_bytes_per_s,
             "inputs": [

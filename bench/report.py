@@ -1,21 +1,27 @@
-"""What a run found, for people: tables on the terminal, and one self-contained HTML page.
+"""What runs found, for people: tables on the terminal, and one self-contained HTML page.
 
-Every number comes from the JSON; the pictures from the frames and masks of the same run.
+Of each suite and device the newest file is shown in full; all of them make the history. Every number comes from the
+JSON, and so do the pictures.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html as markup
 import io
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from bench.results import load_results
+from bench import figures
+from bench.results import load_results, write_text
+from bench.roofline import OURS
 from hulukern.pruning import RULES
 from model.pictures import contact_sheet, stack
 
@@ -26,19 +32,33 @@ if TYPE_CHECKING:
 
 Masks = Mapping[tuple[str, str], torch.Tensor]
 
+EXAMPLES = """examples:
+  python -m bench report                             all that is kept under bench/results, to report.html
+  python -m bench report ops.json e2e.json -o page.html
+  python -m bench report bench/results/h100 bench/out/quick.json
+
+exit codes: 0 done, 2 bad arguments or a file that is not results JSON
+"""
 CELL = 28  # pixels of one token's side: patch 14, merge 2
 
 STYLE = """
-:root{--ink:#1c2430;--soft:#5c6675;--line:#d9dee6;--paper:#fff;--panel:#f5f7fa;--good:#1a7f4b;--bad:#b3372f}
+:root{--ink:#1c2430;--soft:#5c6675;--line:#d9dee6;--paper:#fff;--panel:#f5f7fa;--good:#1a7f4b;--bad:#b3372f;
+--s0:#2f6fb0;--s1:#c8641b;--s2:#2e8b57;--s3:#8a5bb5;--s4:#b3372f;--s5:#7a7f1f}
 @media(prefers-color-scheme:dark){:root{--ink:#e6eaf0;--soft:#9aa5b4;--line:#343c48;--paper:#14181e;--panel:#1c222b;
---good:#5cc98c;--bad:#f08078}}
+--good:#5cc98c;--bad:#f08078;--s0:#6fa8dc;--s1:#f0a05a;--s2:#6fcf97;--s3:#c19be0;--s4:#f08078;--s5:#c9cd6a}}
 *{box-sizing:border-box}body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:0 auto;
-max-width:1080px;padding:1.2rem}h1{font-size:1.6rem;margin:.2rem 0}h2{font-size:1.2rem;margin:2rem 0 .6rem}
-p,figcaption{color:var(--soft);max-width:70ch}figure{margin:1rem 0}img{max-width:100%;height:auto;border-radius:6px;
-display:block}.plot{background:#fff;padding:.4rem}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;
+max-width:1080px;padding:1.2rem;color-scheme:light dark}h1{font-size:1.6rem;margin:.2rem 0}
+h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:1rem;margin:1.2rem 0 .3rem;overflow-wrap:anywhere}
+p,figcaption,li{color:var(--soft);max-width:70ch;overflow-wrap:anywhere}figure{margin:1rem 0}
+img{max-width:100%;height:auto;border-radius:6px;display:block}svg{display:block;width:100%;max-width:680px}
+svg text{font-family:inherit!important}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;
 font-variant-numeric:tabular-nums}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);
 white-space:nowrap}th:first-child,td:first-child,td.t{text-align:left}th{color:var(--soft);font-weight:600}
-.good{color:var(--good)}.bad{color:var(--bad)}
+.good{color:var(--good)}.bad{color:var(--bad)}.bars{display:grid;grid-template-columns:max-content 1fr max-content;
+gap:.15rem .6rem;font-size:.85rem;align-items:center;max-width:680px;font-variant-numeric:tabular-nums}
+.bars i{display:block;height:.8rem;border-radius:2px;background:var(--line)}.bars i.ours{background:var(--s0)}
+.bars b{font-weight:400;text-align:right}summary{cursor:pointer;color:var(--soft)}
+.columns{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,24rem),1fr));gap:.4rem 2rem}
 """
 
 
@@ -49,6 +69,8 @@ def pruning_table(data: dict[str, Any]) -> list[list[str]]:
     stages = {
         (r["op"], r["case"], r["impl"]): r["median_s"] * 1e3 for r in data["rows"] if r["op"].startswith("stage_")
     }
+    pairs = zip(data["rows"], data["roofline"], strict=True)
+    faster = {r["case"]: n["faster"] for r, n in pairs if (r["op"], r["impl"]) == ("stage_total", "cpu")}
     rows = [
         ["input", "rule", "tokens", "kept", "reduction", "55 %", "drift max", "mean", "lost",
          "cut+score ms", "mask ms", "compact ms", "total ms", "x reference"],
@@ -56,8 +78,7 @@ def pruning_table(data: dict[str, Any]) -> list[list[str]]:
     for o in data["pruning"]:
         case = f"{o['input']}/{o['rule']}"
         times = [stages.get((f"stage_{s}", case, "cpu")) for s in ("cut_score", "mask", "compact", "total")]
-        slow = stages.get(("stage_total", case, "reference"))
-        speedup = slow / times[-1] if slow and times[-1] else None
+        speedup = faster.get(case)
         rows.append(
             [
                 o["input"], o["rule"], str(o["before"]), str(o["after"]), f"{100 * o['reduction']:.1f} %",
@@ -69,21 +90,54 @@ def pruning_table(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def significant(x: float | None, digits: int = 3) -> str:
+    """Fixed notation; empty for what is unknown."""
+    if x is None:
+        return ""
+    places = digits - 1 - math.floor(math.log10(abs(x))) if x else 0
+    return f"{x:.{max(places, 0)}f}"
+
+
+def percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.1f} %"
+
+
 def op_table(data: dict[str, Any]) -> list[list[str]]:
-    rows = [["op", "case", "dtype", "backend", "median ms", "95 % interval", "of copy", "x torch"]]
-    ops = [r for r in data["rows"] if not r["op"].startswith(("stage_", "copy"))]
-    for r in ops:
-        same = [o for o in ops if o["op"] == r["op"]]
-        torch_rows = [o for o in same if o["impl"].startswith("torch")] or [o for o in same if o["impl"] == "reference"]
-        base = min(o["median_s"] for o in torch_rows)
-        share = r["bytes"] / r["median_s"] / data["copy_bytes_per_s"]
+    rows = [
+        ["op", "case", "dtype", "direction", "by", "median ms", "95 % interval", "of light", "of datasheet", "x peer",
+         "gap closed"],
+    ]  # fmt: skip
+    for r, n in _measured(data):
         rows.append(
             [
-                r["op"], r["case"], r["dtype"], r["impl"], f"{r['median_s'] * 1e3:.2f}",
-                f"{r['low_s'] * 1e3:.2f} .. {r['high_s'] * 1e3:.2f}", f"{100 * share:.0f} %",
-                f"{base / r['median_s']:.2f}",
+                r["op"], r["case"], r["dtype"], r["direction"], r["impl"], significant(1e3 * r["median_s"]),
+                f"{significant(1e3 * r['low_s'])} .. {significant(1e3 * r['high_s'])}", percent(n["of_measured"]),
+                percent(n["of_datasheet"]), significant(n["faster"]), percent(n["gap_closed"]),
             ]
         )  # fmt: skip
+    return rows
+
+
+def _measured(data: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of ops with what the roofline says of them."""
+    pairs = zip(data["rows"], data["roofline"], strict=True)
+    return [(r, n) for r, n in pairs if not r["op"].startswith("stage_")]
+
+
+def ceiling_table(data: dict[str, Any]) -> list[list[str]]:
+    rows = [["ceiling", "GB/s", *(f"{d} TFLOP/s" for d in data["ceilings"]["measured"]["flops_per_s"])]]
+    for name, c in data["ceilings"].items():
+        if c is not None:
+            flops = [significant(f / 1e12) for f in c["flops_per_s"].values()]
+            rows.append([name, significant(c["bytes_per_s"] / 1e9), *flops])
+    return rows
+
+
+def curve_table(data: dict[str, Any]) -> list[list[str]]:
+    rows = [["input", "rule", "removed", "median ms", "gain", "ideal"]]
+    for p in data["curve"]:
+        numbers = (significant(1e3 * p["median_s"]), significant(p["gain"]), significant(p["ideal"]))
+        rows.append([p["input"], p["rule"], percent(p["reduction"]), *numbers])
     return rows
 
 
@@ -132,92 +186,16 @@ def save_picture(path: Path, source: Input, masks: Masks) -> None:
     whole.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)
 
 
-def _embed(image: Image.Image, alt: str, plot: bool = False) -> str:
-    buffer = io.BytesIO()
-    if not plot:
+def pictures(inputs: list[Input], masks: Masks) -> list[dict[str, str]]:
+    """What each rule drops, as they stand in a results file."""
+    found = []
+    for source, rule in itertools.product(inputs, RULES):
+        image = contact_sheet(source.frames, masks[source.name, rule])
         image.thumbnail((1400, 400))
-    image.save(buffer, "PNG" if plot else "JPEG", quality=85)
-    kind = "png" if plot else "jpeg"
-    data = base64.b64encode(buffer.getvalue()).decode()
-    source = f"data:image/{kind};base64,{data}"
-    return f'<img class="{"plot" if plot else "sheet"}" alt="{markup.escape(alt)}" src="{source}">'
-
-
-def _plot(draw: Any, height: float) -> Image.Image:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
-    draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
-    return Image.open(buffer)
-
-
-def _reduction_plot(data: dict[str, Any]) -> Image.Image:
-    names = list(dict.fromkeys(o["input"] for o in data["pruning"]))
-    rules = list(RULES)
-
-    def draw(axes: Any) -> None:
-        width = 0.8 / len(rules)
-        for k, rule in enumerate(rules):
-            values = {o["input"]: 100 * o["reduction"] for o in data["pruning"] if o["rule"] == rule}
-            axes.bar([i + k * width for i in range(len(names))], [values[n] for n in names], width, label=rule)
-        axes.axhline(55, color="black", linestyle="--", linewidth=1)
-        axes.text(len(names) - 0.2, 56, "55 %", ha="right")
-        axes.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], names)
-        axes.set_ylabel("visual tokens removed, %")
-        axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
-
-    return _plot(draw, 4)
-
-
-def _time_plot(data: dict[str, Any]) -> Image.Image:
-    """Milliseconds of the stages for rule previous, both backends, with the interval of the total."""
-    rows = {(r["op"], r["case"], r["impl"]): r for r in data["rows"]}
-    names = list(dict.fromkeys(o["input"] for o in data["pruning"]))
-    labels = [(n, b) for n in names for b in ("reference", "cpu")]
-
-    def draw(axes: Any) -> None:
-        left = [0.0] * len(labels)
-        for stage in ("cut_score", "mask", "compact"):
-            ms = [rows[f"stage_{stage}", f"{n}/previous", b]["median_s"] * 1e3 for n, b in labels]
-            axes.barh(range(len(labels)), ms, left=left, label=stage)
-            left = [a + b for a, b in zip(left, ms, strict=True)]
-        totals = [rows["stage_total", f"{n}/previous", b] for n, b in labels]
-        spread = [
-            [(t["median_s"] - t["low_s"]) * 1e3 for t in totals],
-            [(t["high_s"] - t["median_s"]) * 1e3 for t in totals],
-        ]
-        at = [t["median_s"] * 1e3 for t in totals]
-        axes.errorbar(at, range(len(labels)), xerr=spread, fmt="none", ecolor="black", capsize=3, linewidth=1)
-        axes.set_yticks(range(len(labels)), [f"{n} · {b}" for n, b in labels])
-        axes.invert_yaxis()
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("ms (linear to 1, then logarithmic); bar: stages, whisker: 95 % interval of the total")
-        axes.legend(frameon=False)
-
-    return _plot(draw, 0.4 * len(labels) + 1.2)
-
-
-def _share_plot(data: dict[str, Any]) -> Image.Image:
-    shares = [c for c in data["checks"] if c["name"].startswith("copy_share_")]
-
-    def draw(axes: Any) -> None:
-        names = [c["name"].removeprefix("copy_share_") for c in shares]
-        axes.barh(names, [100 * c["value"] for c in shares], color="#3b6ea5")
-        spread = [[100 * (c["value"] - c["low"]) for c in shares], [100 * (c["high"] - c["value"]) for c in shares]]
-        axes.errorbar([100 * c["value"] for c in shares], names, xerr=spread, fmt="none", ecolor="black", capsize=3)
-        axes.axvline(100, color="black", linestyle="--", linewidth=1)
-        axes.invert_yaxis()
-        axes.set_xlabel("% of measured copy bandwidth (cpu backend; bytes are the fewest the op must move)")
-
-    return _plot(draw, 0.45 * len(shares) + 1)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=85)
+        found.append({"input": source.name, "rule": rule, "jpeg": base64.b64encode(buffer.getvalue()).decode()})
+    return found
 
 
 # --- the page ---------------------------------------------------------------------------------------------
@@ -235,34 +213,146 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join(lines) + "</table></div>"
 
 
-def html(path: Path, inputs: list[Input], masks: Masks) -> str:
-    """The page for the results at ``path``; nothing in it is loaded from elsewhere."""
-    data = load_results(path)
-    meta = data["meta"]
-    facts = f"{meta['cpu']['model']}, {meta['cpu']['torch_threads']} threads, level {meta['native'].get('cpu_level')}"
+def _bars(data: dict[str, Any]) -> str:
+    """Peers side by side: each op's main dtype, every case and direction."""
+    parts = []
+    for (op, case, direction), group in itertools.groupby(
+        _main_rows(data), key=lambda r: (r["op"], r["case"], r["direction"])
+    ):
+        rows = sorted(group, key=lambda r: r["median_s"])
+        lines = []
+        for r in rows:
+            share, kind = 100 * r["median_s"] / rows[-1]["median_s"], " class=ours" if r["impl"] in OURS else ""
+            name, ms = markup.escape(r["impl"]), significant(1e3 * r["median_s"])
+            lines.append(f'<span>{name}</span><i{kind} style="width:{share:.1f}%"></i><b>{ms} ms</b>')
+        title = f"{op} · {case} · {rows[0]['dtype']} · {direction}"
+        parts.append(f"<div><h3>{markup.escape(title)}</h3><div class=bars>{''.join(lines)}</div></div>")
+    return f"<div class=columns>{''.join(parts)}</div>"
+
+
+def _main_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """bfloat16, as the model runs, and for an op that has no such rows its first dtype."""
+    rows = [r for r, _ in _measured(data)]
+    main: dict[str, str] = {}
+    for r in rows:
+        main[r["op"]] = "bfloat16" if "bfloat16" in (r["dtype"], main.get(r["op"])) else main.get(r["op"], r["dtype"])
+    return [r for r in rows if r["dtype"] == main[r["op"]]]
+
+
+def _ops(data: dict[str, Any]) -> str:
+    counted = [r for r in _main_rows(data) if r["impl"] in OURS and r["flops"] and r["bytes"]]
+    titles = [f"{r['op']} {r['case']} {r['direction']}, {r['impl']}" for r in counted]
+    names = "".join(f"<li>{markup.escape(title)}</li>" for title in titles)
+    plot = figures.roofline(counted, data["ceilings"]) if counted else ""
+    return f"""{_table(ceiling_table(data))}{plot}<details><summary>what the roofline's numbers are</summary>
+<ol>{names}</ol></details>
+<h2>Peers</h2>{_bars(data)}
+<h2>Every row</h2><p>Of light: the shortest time that the measured ceilings allow over the median; of datasheet: the
+same by the vendor's dense peaks; data that caches hold may beat a copy. x peer: the best peer's median over this one.
+Gap closed: of the time between the best peer and the speed of light, the share that is gone.</p>{_table(op_table(data))}"""
+
+
+def _pruning(data: dict[str, Any]) -> str:
     sheets = []
-    for source in inputs:
-        size = "×".join(map(str, source.frames.shape))
-        sheets.append(f"<h3>{markup.escape(source.name)}</h3><p>{markup.escape(source.clip.form)}, {size}</p>")
-        for rule in RULES:
-            found = next(o for o in data["pruning"] if (o["input"], o["rule"]) == (source.name, rule))
-            caption = f"{rule}: {found['after']} of {found['before']} tokens, {100 * found['reduction']:.1f} % removed"
-            picture = _embed(contact_sheet(source.frames, masks[source.name, rule]), caption)
-            sheets.append(f"<figure>{picture}<figcaption>{markup.escape(caption)}</figcaption></figure>")
+    found = {(o["input"], o["rule"]): o for o in data["pruning"]}
+    for name, group in itertools.groupby(data["pictures"], key=lambda p: p["input"]):
+        source = next(i for i in data["inputs"] if i["name"] == name)
+        size = "×".join(map(str, source["size"]))
+        sheets.append(f"<h3>{markup.escape(name)}</h3><p>{markup.escape(source['kind'])}, {size}</p>")
+        for p in group:
+            o = found[name, p["rule"]]
+            caption = f"{p['rule']}: {o['after']} of {o['before']} tokens, {100 * o['reduction']:.1f} % removed"
+            image = f'<img alt="{markup.escape(caption)}" src="data:image/jpeg;base64,{p["jpeg"]}">'
+            sheets.append(f"<figure>{image}<figcaption>{markup.escape(caption)}</figcaption></figure>")
     rules = "".join(f"<li><b>{r.name}</b> ({r.units}): {markup.escape(r.summary)}</li>" for r in RULES.values())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>hulukern: quick</title><style>{STYLE}</style></head><body>
-<h1>hulukern: tokens and time on real medical input</h1>
-<p>{markup.escape(facts)}. torch {meta["torch"]}, commit {meta["commit"]}, {meta["time"]}.
-Copy bandwidth {data["copy_bytes_per_s"] / 1e9:.1f} GB/s.</p>
-<h2>Reduction against the 55 % target</h2>{_embed(_reduction_plot(data), "reduction by input and rule", True)}
+    return f"""<h2>Reduction against the 55 % target</h2>{figures.reduction(data["pruning"])}
 <ul>{rules}</ul>{_table(pruning_table(data))}
 <p>Drift: mean |difference| of a dropped cell to the last kept version of it, in normalised units; lost: dropped
 before any version was kept. A single frame is kept whole, except by budget.</p>
-<h2>Time by stage</h2>{_embed(_time_plot(data), "time by stage", True)}
-<h2>Ops</h2>{_embed(_share_plot(data), "share of copy bandwidth", True)}{_table(op_table(data))}
-<h2>Checks</h2>{_table(check_table(data))}
-<h2>What is dropped</h2><p>Dropped cells are red. Frames are evenly chosen.</p>{"".join(sheets)}
+<h2>Time by stage</h2>{figures.stages(data)}
+<h2>What is dropped</h2><p>Dropped cells are red. Frames are evenly chosen.</p>{"".join(sheets)}"""
+
+
+def _curve(data: dict[str, Any]) -> str:
+    return f"""<h2>Throughput over reduction</h2><p>Pixels to first token, relative to keeping all; ideal is a time
+proportional to what is kept.</p>{figures.curve(data["curve"], 0.55)}{_table(curve_table(data))}"""
+
+
+def _history(files: Sequence[dict[str, Any]]) -> str:
+    """The 55 % point and our backends' medians over the commits of one device."""
+    commits = list(dict.fromkeys(f["meta"]["commit"] for f in files))
+    if len(commits) < 2:
+        return ""
+    gains: dict[str, list[tuple[int, float, float, float]]] = {}
+    times: dict[str, list[tuple[int, float, float, float]]] = {}
+    for f in files:
+        at = commits.index(f["meta"]["commit"])
+        for c in f["checks"]:
+            if c["name"].startswith("e2e_gain_at_55_"):
+                name = c["name"].removeprefix("e2e_gain_at_55_")
+                gains.setdefault(name, []).append((at, c["value"], c["low"], c["high"]))
+        for r in _main_rows(f) if "roofline" in f else []:
+            if r["impl"] in OURS and r["direction"] == "fwd":
+                values = (1e3 * r["median_s"], 1e3 * r["low_s"], 1e3 * r["high_s"])
+                times.setdefault(f"{r['op']} {r['case']} {r['impl']}", []).append((at, *values))
+    out = "<h2>History</h2>"
+    if gains:
+        out += figures.history(gains, commits, "gain at 55 % removed")
+    # A line needs two points; six colours can be told apart.
+    lines = [(name, found) for name, found in times.items() if len({at for at, *_ in found}) > 1]
+    parts = [figures.history(dict(lines[k : k + 6]), commits, "ms") for k in range(0, len(lines), 6)]
+    return out + f"<div class=columns>{''.join(parts)}</div>"
+
+
+def html(paths: Sequence[Path]) -> str:
+    """The page for these results files; nothing in it is loaded from elsewhere."""
+    files = sorted((load_results(path) for path in paths), key=lambda d: str(d["meta"]["time"]))
+    newest = {(_device(d), _kind(d)): d for d in files}
+    parts = []
+    for device in dict.fromkeys(_device(d) for d in files):
+        parts.append(f"<h2>{markup.escape(device)}</h2>")
+        for d in [d for (where, _), d in newest.items() if where == device]:
+            m = d["meta"]
+            facts = f"{_kind(d)}: torch {m['torch']}, commit {m['commit']}, {m['time']}"
+            parts.append(f"<p>{markup.escape(facts)}</p>")
+            for key, section in (("pruning", _pruning), ("curve", _curve), ("roofline", _ops)):
+                if key in d:
+                    parts.append(section(d))
+            if d["checks"]:
+                parts.append(f"<h2>Checks</h2>{_table(check_table(d))}")
+        parts.append(_history([d for d in files if _device(d) == device]))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>hulukern: measurements</title><style>{STYLE}</style></head><body>
+<h1>hulukern: measurements</h1>
+{"".join(parts)}
 </body></html>
 """
+
+
+def _device(data: dict[str, Any]) -> str:
+    m = data["meta"]
+    if m["gpu"]:
+        return ", ".join(m["gpu"])
+    return f"{m['cpu']['model']}, {m['cpu']['torch_threads']} threads, level {m['native'].get('cpu_level')}"
+
+
+def _kind(data: dict[str, Any]) -> str:
+    return str(data.get("suite") or ("quick" if "pruning" in data else "e2e" if "curve" in data else "other"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results, or folders (bench/results)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="HTML")
+
+
+def run(options: argparse.Namespace) -> int:
+    paths: list[Path] = []
+    for given in options.files or [Path(__file__).parent / "results"]:
+        found = sorted(given.rglob("*.json")) if given.is_dir() else [given]
+        if not found:
+            raise ValueError(f"{given}: has no results, expected *.json in it")
+        paths += found
+    write_text(options.output, html(paths))
+    print(options.output)
+    return 0
