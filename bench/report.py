@@ -249,7 +249,8 @@ def _ops(data: dict[str, Any]) -> str:
 <h2>Peers</h2>{_bars(data)}
 <h2>Every row</h2><p>Of light: the shortest time that the measured ceilings allow over the median; of datasheet: the
 same by the vendor's dense peaks; data that caches hold may beat a copy. x peer: the best peer's median over this one.
-Gap closed: of the time between the best peer and the speed of light, the share that is gone.</p>{_table(op_table(data))}"""
+Gap closed: of the time between the best peer and the speed of light, the share that is gone.</p>
+{_table(op_table(data))}"""
 
 
 def _pruning(data: dict[str, Any]) -> str:

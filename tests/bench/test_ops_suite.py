@@ -83,7 +83,7 @@ def test_cheats_are_found(cheat: Callable[[], Any], says: str) -> None:
 
 def test_an_interrupted_run_is_whole_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "o.json"
-    wanted = ops.Filter(ops=["token_score_frames"], dtypes=["uint8", "int16"], baselines=["torch"])
+    wanted = ops.Filter(ops=["token_score_frames"], dtypes=["uint8", "int16"], backends=["cpu"], baselines=["torch"])
     suite = ops.Suite(path, wanted, "cpu")
     run = suite.run(0.01)
     first = next(run)
@@ -136,7 +136,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "measure", lambda device: CEILINGS)
-        wanted = ops.Filter(ops=["token_score_frames"], dtypes=["uint8"], baselines=["torch"])
+        wanted = ops.Filter(ops=["token_score_frames"], dtypes=["uint8"], backends=["cpu"], baselines=["torch"])
         list(ops.Suite(folder / "a.json", wanted, "cpu").run(0.01))
     data = json.loads((folder / "a.json").read_text())
     later = data["meta"] | {"commit": "later", "time": "2999"}
