@@ -7,12 +7,14 @@ statistics: distribution-free, about 95 % for the median.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +88,22 @@ def interleave(
         if tick is not None:
             tick()
     return Rounds(found)
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes by which a call raises this process's resident memory at its highest. Linux only."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one unseen
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _resident("VmRSS")
+    held = call()
+    highest = _resident("VmHWM")
+    del held
+    return highest - before
+
+
+def _resident(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field)))
 
 
 # Cycles a GPU spins before a timed call, so that the host is done launching when the clock starts: 100 us
