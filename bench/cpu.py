@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 import hulukern
 from bench.quick import Disagreement
 from bench.results import check, row, write_results
-from bench.timing import Rounds, interleave, peak_memory, summarize
+from bench.timing import Rounds, interleave, keep_freed_memory, peak_memory, summarize
 from hulukern.pruning import prune_frames
 from hulukern.spec import Arguments, Case
 from hulukern.testing.harness import call, sample
@@ -51,6 +51,7 @@ def main(path: Path, only: str, seconds: float) -> int:
     if not steps:
         print(f"bench: --only has {only!r}, which names no check", file=sys.stderr)
         return 2
+    keep_freed_memory()
     try:
         for _, step in steps:
             known = len(suite.checks)

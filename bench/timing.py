@@ -106,6 +106,15 @@ def _resident(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field)))
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to hand out freed memory again instead of giving it back, as PyTorch's tuning guide does with
+    jemalloc: otherwise every large result costs its page faults anew, which weigh more than the op itself."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        if libc.mallopt(option, value) != 1:
+            raise OSError(f"mallopt({option}, {value}) failed")
+
+
 # Cycles a GPU spins before a timed call, so that the host is done launching when the clock starts: 100 us
 # at 2 GHz.
 _SPIN_CYCLES = 200_000
