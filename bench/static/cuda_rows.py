@@ -115,7 +115,8 @@ def rows(architecture: int, ops: list[str], library: Path | None = None) -> list
         parameters = ", ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in constants.items())
         label = f"{op}/{name}<{parameters}>" if constants else f"{op}/{name}"
         seen[label] += 1
-        needed, shared = needed_multiply_adds(name, constants), code.shared_bytes + dynamic_shared(name, constants)
+        needed = needed_multiply_adds(name, constants)
+        shared = machine_code.static_shared(code, architecture) + dynamic_shared(name, constants)
         work = sum(count * machine_code.multiply_adds(i) for i, count in code.tensor.items())
         dtype = constants.get("in") or constants.get("dtype") or ("float32" if name.endswith("_f32") else "")
         found.append(Row(

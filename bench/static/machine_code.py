@@ -25,6 +25,7 @@ _MULTIPROCESSOR = {
     100: (65536, 2048, 32, 228 << 10),
     120: (65536, 1536, 24, 100 << 10),
 }
+_SYSTEM_SHARED = 1024
 _TENSOR_MEMORY_COLUMNS = 512
 
 
@@ -34,7 +35,7 @@ class MachineCode:
 
     registers: int = 0
     stack_bytes: int = 0
-    shared_bytes: int = 0  # static; a launch may ask for more
+    shared_bytes: int = 0  # static; a launch may ask for more. From sm_90 on with the system's share of a block
     threads: int = 0  # __launch_bounds__, 0 without
     local_accesses: int = 0  # loads and stores of local memory: spills, and arrays that left the registers
     code_bytes: int = 0
@@ -155,6 +156,11 @@ def generation(tensor: Iterable[str]) -> int:
     return max((3 if name.startswith("UTC") else 2 if "GMMA" in name else 1 for name in tensor), default=0)
 
 
+def static_shared(code: MachineCode, architecture: int) -> int:
+    """Bytes that the kernel itself declares."""
+    return max(code.shared_bytes - _SYSTEM_SHARED, 0) if architecture >= 90 else code.shared_bytes
+
+
 def occupancy(architecture: int, threads: int, registers: int, shared_bytes: int, tensor_columns: int = 0) -> float:
     """Warps that fit on a multiprocessor over those that it can hold; 0 if not even one block fits."""
     all_registers, all_threads, blocks, all_shared = _MULTIPROCESSOR[architecture]
@@ -164,7 +170,7 @@ def occupancy(architecture: int, threads: int, registers: int, shared_bytes: int
         blocks,
         all_threads // (warps * 32),
         4 * (all_registers // 4 // per_warp) // warps,
-        all_shared // (-(-shared_bytes // 128) * 128 + 1024),
+        all_shared // (-(-shared_bytes // 128) * 128 + _SYSTEM_SHARED),
         _TENSOR_MEMORY_COLUMNS // tensor_columns if tensor_columns else blocks,
     )
     return blocks * warps / (all_threads // 32)

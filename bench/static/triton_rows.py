@@ -76,6 +76,7 @@ def tensor_ratio(c: offline.Compiled, code: MachineCode) -> float | None:
 def row(architecture: int, c: offline.Compiled, cubin: Path, number: int = 1) -> Row:
     """``number`` tells apart what one call launches of one kernel in several forms."""
     code = machine_code.read_one(cubin)
+    shared = machine_code.static_shared(code, architecture) + c.shared_bytes
     head_dim = 2 * c.constants.get("HALF", 0)
     attention = c.kernel in NEEDED and bool(head_dim)
     shape = f"head_dim {head_dim}" if attention else f"{c.constants['LENGTH']} columns" if c.kernel in NEEDED else ""
@@ -83,10 +84,8 @@ def row(architecture: int, c: offline.Compiled, cubin: Path, number: int = 1) ->
         backend="triton", target=target(architecture), op=c.op,
         name=f"{c.op}/{c.case}/{c.dtype}/{c.kernel}{f'#{number}' if number > 1 else ''}",
         dtype=c.dtype, threads=32 * c.warps, registers=code.registers, spills=code.local_accesses,
-        stack_bytes=code.stack_bytes, shared_bytes=code.shared_bytes + c.shared_bytes,
-        occupancy=machine_code.occupancy(
-            architecture, 32 * c.warps, code.registers, code.shared_bytes + c.shared_bytes, c.tensor_columns
-        ),
+        stack_bytes=code.stack_bytes, shared_bytes=shared,
+        occupancy=machine_code.occupancy(architecture, 32 * c.warps, code.registers, shared, c.tensor_columns),
         loads=code.loads, stores=code.stores, tensor=code.tensor, tensor_ratio=tensor_ratio(c, code), fma=code.fma,
         code_bytes=code.code_bytes, light_us=light.time_us(c.op, c.dtype, architecture), shape=shape,
         max_ratio=MAX_ATTENTION_RATIO if attention and head_dim == LIMITED_HEAD_DIM else None,

@@ -27,15 +27,15 @@ def spill(arch: int) -> None:
 
 def narrow(_arch: int) -> None:
     """Strides in elements: the compiler cannot know that 72 of them are a multiple of 16 bytes."""
-    mock.patch.object(triton_kernels, "unit_of", lambda *_: 1).start()
+    mock.patch.object(triton_kernels, "unit_of", return_value=1).start()
 
 
 def padded(_arch: int) -> None:
     """72 columns as 128, the next power of two, in both products."""
     pairs = {"HALF": 36, "W": 32, "REST": 4, "P": 32}
     for module in (triton_kernels, triton_rotary):
-        mock.patch.object(module, "pairs_of", lambda _: pairs).start()
-    mock.patch.object(triton_kernels, "split_of", lambda *_: {"MAIN": 64, "TAIL": 64, "TAIL_REAL": 8}).start()
+        mock.patch.object(module, "pairs_of", return_value=pairs).start()
+    mock.patch.object(triton_kernels, "split_of", return_value={"MAIN": 64, "TAIL": 64, "TAIL_REAL": 8}).start()
 
 
 def fma(_arch: int) -> None:
