@@ -15,7 +15,7 @@ COMMANDS = {
     "profile": ("bench.profile", "where an op's time goes"),
     "compare": ("bench.compare", "verdicts on two result files, ours or pytest-benchmark's"),
     "gate": ("bench.gate", "measure a base and a head in turns, and judge"),
-    "static": ("bench.static", "registers, spills and tensor instructions, without a GPU"),
+    "static": ("bench.static", "registers, spills, occupancy and tensor work against pins, without a GPU"),
     "device": ("bench.device", "everything that needs a GPU"),
 }
 
