@@ -7,6 +7,7 @@ The interpreter and the compiler exclude each other within a process, hence one 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -90,21 +91,29 @@ def cases(op: Op, brief: bool = False) -> Iterator[tuple[Case, torch.dtype]]:
                 yield case, dtype
 
 
-def compile_all(architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False) -> None:
-    """Leave <op>.<case>.<dtype>.<n>.cubin for every kernel that the calls would launch, and kernels.json."""
-    import triton
+@contextlib.contextmanager
+def launches(**more: Any) -> Iterator[list[Any]]:
+    """The compiled kernels of all launches meanwhile, each with ``more`` options; none under the interpreter."""
     from triton.runtime.jit import JITFunction
 
-    folder.mkdir(parents=True, exist_ok=True)
-    triton.runtime.driver.set_active(OfflineDriver(architecture))
     launched: list[Any] = []
     real_run = JITFunction.run
 
     def run(self: Any, *args: Any, **options: Any) -> None:
-        launched.append(real_run(self, *args, **{**options, "warmup": True}))
+        launched.append(real_run(self, *args, **{**options, **more}))
 
+    with mock.patch.object(JITFunction, "run", run):
+        yield launched
+
+
+def compile_all(architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False) -> None:
+    """Leave <op>.<case>.<dtype>.<n>.cubin for every kernel that the calls would launch, and kernels.json."""
+    import triton
+
+    folder.mkdir(parents=True, exist_ok=True)
+    triton.runtime.driver.set_active(OfflineDriver(architecture))
     found: list[Compiled] = []
-    with mock.patch.object(JITFunction, "run", run), mock.patch("hulukern.backends.unavailable", return_value=""):
+    with launches(warmup=True) as launched, mock.patch("hulukern.backends.unavailable", return_value=""):
         for name, registered in hulukern.OPS.items():
             op = registered.spec
             if "triton" not in op.backends or (ops and name not in ops):
