@@ -29,6 +29,9 @@ from hulukern.validation import dtype_name
 
 # Beside an op's first case: what compiles to other code. A dtype limits the case to it.
 MORE: dict[str, tuple[tuple[Case, torch.dtype | None], ...]] = {
+    "patch_embed_cut": (
+        (Case("no_scores", {"THWC": (2, 56, 56, 3), "patch_size": 14, "merge_size": 2, "scores": False}), None),
+    ),
     "token_score": (
         (Case("kept", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 2, "reference": "kept"}), None),
         (Case("large", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 8, "reference": "kept"}), None),
