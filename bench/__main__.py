@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": ("bench.compare", "verdicts on two result files, ours or pytest-benchmark's"),
     "gate": ("bench.gate", "measure a base and a head in turns, and judge"),
     "static": ("bench.static", "registers, spills, occupancy and tensor work against pins, without a GPU"),
+    "sweep": ("bench.sweep", "launch configurations of Triton kernels on a GPU, into the tuning table"),
     "device": ("bench.device", "everything that needs a GPU"),
 }
 

@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+from hulukern.spec import Arguments, Case, Op
+from hulukern.testing import harness
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -113,6 +116,16 @@ def keep_freed_memory() -> None:
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         if libc.mallopt(option, value) != 1:
             raise OSError(f"mallopt({option}, {value}) failed")
+
+
+def cold_arguments(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[Arguments]:
+    """Argument sets to be rotated, together larger than a GPU's last-level cache; one on a CPU."""
+    first = harness.sample(op, case, dtype, device)
+    sets = 1
+    if device == "cuda":
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        sets = min(16, 1 + 2 * cache // max(op.cost(first).bytes, 1))
+    return [first] + [harness.sample(op, case, dtype, device, seed=s) for s in range(1, sets)]
 
 
 # Cycles a GPU spins before a timed call, so that the host is done launching when the clock starts: 100 us

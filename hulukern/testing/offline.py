@@ -7,6 +7,7 @@ The interpreter and the compiler exclude each other within a process, hence one 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,6 +29,9 @@ from hulukern.validation import dtype_name
 
 # Beside an op's first case: what compiles to other code. A dtype limits the case to it.
 MORE: dict[str, tuple[tuple[Case, torch.dtype | None], ...]] = {
+    "patch_embed_cut": (
+        (Case("no_scores", {"THWC": (2, 56, 56, 3), "patch_size": 14, "merge_size": 2, "scores": False}), None),
+    ),
     "token_score": (
         (Case("kept", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 2, "reference": "kept"}), None),
         (Case("large", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 8, "reference": "kept"}), None),
@@ -84,28 +88,37 @@ class OfflineDriver:
 
 
 def cases(op: Op, brief: bool = False) -> Iterator[tuple[Case, torch.dtype]]:
-    """Brief leaves out fp16, which compiles as bf16 does, and the cases of one dtype."""
+    """Brief is one dtype a case, bf16 where there is a choice."""
+    main = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
     for case, only in ((op.cases[0], None), *MORE.get(op.name, ())):
         for dtype in op.dtypes:
-            if only in (None, dtype) and not (brief and (only or dtype == torch.float16)):
+            if only in (None, dtype) and not (brief and dtype != main):
                 yield case, dtype
+
+
+@contextlib.contextmanager
+def launches(**more: Any) -> Iterator[list[Any]]:
+    """The compiled kernels of all launches meanwhile, each with ``more`` options; none under the interpreter."""
+    from triton.runtime.jit import JITFunction
+
+    launched: list[Any] = []
+    real_run = JITFunction.run
+
+    def run(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(real_run(self, *args, **{**options, **more}))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launched
 
 
 def compile_all(architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False) -> None:
     """Leave <op>.<case>.<dtype>.<n>.cubin for every kernel that the calls would launch, and kernels.json."""
     import triton
-    from triton.runtime.jit import JITFunction
 
     folder.mkdir(parents=True, exist_ok=True)
     triton.runtime.driver.set_active(OfflineDriver(architecture))
-    launched: list[Any] = []
-    real_run = JITFunction.run
-
-    def run(self: Any, *args: Any, **options: Any) -> None:
-        launched.append(real_run(self, *args, **{**options, "warmup": True}))
-
     found: list[Compiled] = []
-    with mock.patch.object(JITFunction, "run", run), mock.patch("hulukern.backends.unavailable", return_value=""):
+    with launches(warmup=True) as launched, mock.patch("hulukern.backends.unavailable", return_value=""):
         for name, registered in hulukern.OPS.items():
             op = registered.spec
             if "triton" not in op.backends or (ops and name not in ops):
