@@ -93,7 +93,7 @@ def needed_multiply_adds(name: str, constants: dict[str, Any]) -> int:
     """Of one step of a warp, by the shape alone: its rows x the step's rows x D, for each product."""
     if name == "attention_forward":
         D: int = constants["D"]
-        return 2 * 16 * (2 if D <= 80 else 1) * 64 * D
+        return 2 * 16 * (2 if D <= 72 else 1) * 64 * D
     if name == "attention_backward":
         D = constants["D"]
         return (4 if constants["own_keys"] else 3) * 16 * (64 if D <= 80 else 32) * D
