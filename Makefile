@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py hulukern/_version.
 # A compiler that comes or goes is a reason to configure again.
 NVCC := $(shell command -v nvcc)
 
-.PHONY: bench test test-levels lint format build clean
+.PHONY: bench test test-levels test-asan lint format build clean
 bench: $(VENV)/build.stamp
 	$(PY) -m bench quick
 
@@ -21,6 +21,15 @@ test-levels: $(VENV)/build.stamp
 	  HULUKERN_CPU_LEVEL=$$level $(PY) -c "from hulukern.backends import native_error as e; import sys; sys.exit(bool(e()))" || break; \
 	  echo "level $$level"; HULUKERN_CPU_LEVEL=$$level $(PY) -m pytest -q tests/ops/test_ops.py -k cpu || exit 1; \
 	done
+
+# The op tests of the CPU backend under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
+test-asan: $(VENV)/build.stamp
+	rm -rf build/asan && mkdir -p build/asan
+	cp -r csrc hulukern tests setup.py CMakeLists.txt pyproject.toml README.md build/asan/
+	rm -rf build/asan/hulukern/lib build/asan/hulukern/_C.*
+	cd build/asan && HULUKERN_CMAKE_ARGS="-DHULUKERN_ASAN=ON -DHULUKERN_CUDA=OFF" $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)" \
+	  $(abspath $(PY)) -m pytest -q tests/ops/test_ops.py -k cpu
 
 build: $(VENV)/build.stamp
 

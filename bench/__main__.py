@@ -16,7 +16,8 @@ COMMANDS = {
     "report": ("bench.report", "one HTML page of results files"),
     "compare": ("bench.compare", "verdicts on two result files, ours or pytest-benchmark's"),
     "gate": ("bench.gate", "measure a base and a head in turns, and judge"),
-    "static": ("bench.static", "registers, spills and tensor instructions, without a GPU"),
+    "static": ("bench.static", "registers, spills, occupancy and tensor work against pins, without a GPU"),
+    "sweep": ("bench.sweep", "launch configurations of Triton kernels on a GPU, into the tuning table"),
     "device": ("bench.device", "everything that needs a GPU"),
 }
 

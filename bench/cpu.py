@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 import hulukern
 from bench.quick import Disagreement
 from bench.results import check, row, write_results
-from bench.timing import Rounds, interleave, summarize
+from bench.timing import Rounds, interleave, keep_freed_memory, peak_memory, summarize
 from hulukern.pruning import prune_frames
 from hulukern.spec import Arguments, Case
 from hulukern.testing.harness import call, sample
@@ -51,16 +51,18 @@ def main(path: Path, only: str, seconds: float) -> int:
     if not steps:
         print(f"bench: --only has {only!r}, which names no check", file=sys.stderr)
         return 2
+    keep_freed_memory()
     try:
         for _, step in steps:
+            known = len(suite.checks)
             step(seconds / len(steps))
-            c = suite.checks[-1]
-            print(f"  {c['name']:<36} {c['value']:6.2f}  [{c['low']:.2f}, {c['high']:.2f}]  target {c['target']:g}"
-                  f"{'' if c['met'] else '  MISSED'}", flush=True)  # fmt: skip
+            for c in suite.checks[known:]:
+                print(f"  {c['name']:<36} {c['value']:6.2f}  [{c['low']:.2f}, {c['high']:.2f}]  target {c['target']:g}"
+                      f"{'' if c['met'] else '  MISSED'}", flush=True)  # fmt: skip
     except Disagreement as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    write_results(path, suite.rows, suite.checks, suite="cpu", threads=torch.get_num_threads())
+    write_results(path, suite.rows, suite.checks, memory=suite.memory, suite="cpu", threads=torch.get_num_threads())
     print(path)
     return 0
 
@@ -69,6 +71,7 @@ class Suite:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.checks: list[dict[str, Any]] = []
+        self.memory: list[dict[str, Any]] = []
 
     def steps(self) -> Iterator[tuple[str, Callable[[float], None]]]:
         for name in ATTENTION:
@@ -76,6 +79,7 @@ class Suite:
         for name in MEMORY_BOUND:
             yield f"copy_fraction_{name}", lambda s, name=name: self.copy_fraction(name, s)  # type: ignore[misc]
         yield "encoder_bf16_8f", self.encoder
+        yield "encoder_bf16_16f_64f", self.encoder_frames
         yield "train_step_bf16", self.train_step
         yield "preprocess_32f", self.preprocess
 
@@ -136,6 +140,28 @@ class Suite:
             _agree("encoder_bf16_8f", runs["transformers"](), runs["cpu"](), 0.1)
             rounds = interleave(runs, seconds=seconds, warmups=1)
         self.against("encoder_bf16_8f", "2 layers, 8x32x32", "bfloat16", rounds, ENCODER_TARGET)
+
+    def encoder_frames(self, seconds: float) -> None:
+        """Time and peak memory at 16 and 64 frames. A peak is what a call adds to the process beyond weights and
+        input; ours must grow with the frames and no faster."""
+        ours, theirs, pixels = encoders()
+        peaks: dict[str, dict[int, int]] = {"transformers": {}, "cpu": {}}
+        for T in (16, 64):
+            x, grid, merges = pixels.repeat(T // 8, 1), torch.tensor([[T, 32, 32]]), torch.tensor([2])
+            runs: dict[str, Callable[[], Any]] = {
+                "transformers": lambda x=x, grid=grid, merges=merges: theirs(x, grid, merges).last_hidden_state,  # type: ignore[misc]
+                "cpu": lambda x=x, grid=grid: ours(x, grid, [2]),  # type: ignore[misc]
+            }
+            with torch.inference_mode():
+                rounds = interleave(runs, seconds=seconds, min_rounds=5, warmups=1)
+                for impl, run in runs.items():
+                    peaks[impl][T] = peak_memory(run)
+                    self.memory.append({"op": f"encoder_bf16_{T}f", "impl": impl, "peak_bytes": peaks[impl][T]})
+            self.against(f"encoder_bf16_{T}f", f"2 layers, {T}x32x32", "bfloat16", rounds, 1.0)
+            less = peaks["transformers"][T] / peaks["cpu"][T]
+            self.checks.append(check(f"encoder_memory_{T}f", less, less, less, 1.0))
+        growth = peaks["cpu"][64] / peaks["cpu"][16]
+        self.checks.append(check("encoder_memory_growth", growth, growth, growth, 4.2, at_most=True))
 
     def train_step(self, seconds: float) -> None:
         """Forward and backward of the same, gradients of all parameters."""

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import hulukern
+from bench import sweep
 from bench.results import check, row, write_results, write_text
-from bench.timing import Rounds, interleave, interleave_cuda
+from bench.timing import Rounds, cold_arguments, interleave, interleave_cuda
 from hulukern.backends import BACKENDS, runs_on, unavailable
 from hulukern.spec import Op
 from hulukern.testing import harness
@@ -33,12 +34,18 @@ EXAMPLES = """examples:
   bench/device.sh --out bench/results/h100   where device.json and tests.txt go
   python -m bench device --device cpu        a rehearsal where there is no GPU
   python -m bench device --op token_score --no-tests --no-sanitizer
+  python -m bench device --no-sweep
+
+The tuning sweep takes what is left of 8 minutes; its rows go to tuning.json in the folder of the results. Copied over
+hulukern/tuning.json they take effect.
 
 exit codes: 0 done, 1 a test, the sanitizer or an op failed (the JSON is written all the same), 2 bad arguments
 """
 COPY_TARGET = 0.85
 TESTS_LIMIT_S = 240
 SANITIZER_LIMIT_S = 90
+# A sweep begins no kernel after this, of the 8 minutes that a run has; one kernel takes up to a minute.
+SWEEP_UNTIL_S = 400
 
 
 @dataclass
@@ -77,20 +84,15 @@ def time_op(run: Run, op: Op, direction: str) -> None:
     that together are larger than the last-level cache."""
     dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
     for case in op.perf_cases:
-        first = harness.sample(op, case, dtype, run.device)
-        if direction == "bwd" and not harness.differentiable(op, first):
+        arguments = cold_arguments(op, case, dtype, run.device)
+        if direction == "bwd" and not harness.differentiable(op, arguments[0]):
             continue
-        cost = op.cost(first)
-        sets = 1
-        if run.device == "cuda":
-            cache = torch.cuda.get_device_properties(0).L2_cache_size
-            sets = min(16, 1 + 2 * cache // max(cost.bytes, 1))
-        arguments = [first] + [harness.sample(op, case, dtype, run.device, seed=s) for s in range(1, sets)]
+        cost = op.cost(arguments[0])
         runs: dict[str, Callable[[int], Any]] = {}
         for impl in [*backends(op, run.device), *(["torch"] if op.plain is not None else [])]:
             prepare = _forward if direction == "fwd" else _backward
             runs[impl] = prepare(op, arguments, impl)
-        rounds = run.interleave(runs, sets)
+        rounds = run.interleave(runs, len(arguments))
         for impl in runs:
             t = rounds.timing(impl)
             counted = (cost.bytes, cost.flops) if direction == "fwd" else ()
@@ -208,6 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="per op and direction (default: 0.5)")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--no-sweep", action="store_true")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -245,6 +248,14 @@ def run(options: argparse.Namespace) -> int:
                 say(failures[-1])
     more |= {"gpu_after": gpu_state(), "copy_bytes_per_s": job.copy_bytes_per_s, "failures": failures}
     write_results(options.out / "device.json", job.rows, job.checks, **more)
+    if options.device == "cuda" and not options.no_sweep and not unavailable("triton"):
+        say("tuning sweep")
+        limit_s = SWEEP_UNTIL_S - (time.monotonic() - begin)
+        try:
+            left = sweep.on_gpu(options.op, options.seconds, limit_s, options.out, options.out / "tuning.json")
+            say(f"left out, for want of time: {', '.join(left) or 'nothing'}")
+        except Exception as error:  # what was timed is worth its table
+            failures.append(f"sweep: {type(error).__name__}: {error}")
     print_table(job)
     print(f"\n{options.out / 'device.json'}" + "".join(f"\nfailed: {f}" for f in failures))
     return 1 if failures else 0

@@ -7,15 +7,20 @@ statistics: distribution-free, about 95 % for the median.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from hulukern.spec import Arguments, Case, Op
+from hulukern.testing import harness
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,41 @@ def interleave(
         if tick is not None:
             tick()
     return Rounds(found)
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes by which a call raises this process's resident memory at its highest. Linux only."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one unseen
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _resident("VmRSS")
+    held = call()
+    highest = _resident("VmHWM")
+    del held
+    return highest - before
+
+
+def _resident(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field)))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to hand out freed memory again instead of giving it back, as PyTorch's tuning guide does with
+    jemalloc: otherwise every large result costs its page faults anew, which weigh more than the op itself."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        if libc.mallopt(option, value) != 1:
+            raise OSError(f"mallopt({option}, {value}) failed")
+
+
+def cold_arguments(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[Arguments]:
+    """Argument sets to be rotated, together larger than a GPU's last-level cache; one on a CPU."""
+    first = harness.sample(op, case, dtype, device)
+    sets = 1
+    if device == "cuda":
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        sets = min(16, 1 + 2 * cache // max(op.cost(first).bytes, 1))
+    return [first] + [harness.sample(op, case, dtype, device, seed=s) for s in range(1, sets)]
 
 
 # Cycles a GPU spins before a timed call, so that the host is done launching when the clock starts: 100 us

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from hulukern.backends import BackendUnavailable, choose, on_the_host, runs_on, simulating, unavailable
 from hulukern.spec import Op
+from hulukern.tuning import autotuned
 from hulukern.validation import check_arguments, fail
 
 LIBRARY = torch.library.Library("hulukern", "FRAGMENT")
@@ -64,6 +66,8 @@ class RegisteredOp:
         function: Callable[..., Any] = getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
         if name == "cuda" and simulating():
             function = on_the_host(function)
+        if name == "triton" and os.environ.get("HULUKERN_AUTOTUNE") == "1":
+            function = autotuned(function)
         self.implementations[name] = function
         return function
 

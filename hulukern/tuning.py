@@ -1,15 +1,24 @@
 """Launch configurations of the Triton kernels, as data.
 
-A row per kernel and architecture. ``why`` gives the reason, or the file of the measurement that chose it.
-``HULUKERN_AUTOTUNE=1`` times the rows of all architectures at first use of a kernel and keeps the fastest.
+A row per kernel and architecture. ``why`` gives the reason, or the file of the measurement that chose it: what
+``python -m bench sweep`` measures goes to tuning.json beside this file, whose rows overrule TABLE.
+
+HULUKERN_AUTOTUNE=1 times the rows of all architectures at the first use of a kernel and keeps the fastest until the
+process ends. A first use must then come before a CUDA graph is captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 ARCHITECTURES = (80, 90, 100, 120)
+MEASURED = Path(__file__).with_name("tuning.json")
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,10 @@ class Row:
         """What a launch takes beside its arguments."""
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
 
+    @property
+    def label(self) -> str:
+        return " ".join(f"{name}={size}" for name, size in self.options.items())
+
 
 def nearest(arch: int) -> int:
     """The row's architecture for a device: the newest that is not newer."""
@@ -33,7 +46,70 @@ def nearest(arch: int) -> int:
 
 
 def row(kernel: str, arch: int) -> Row:
-    return TABLE[kernel][nearest(arch)]
+    chosen = TABLE[kernel][nearest(arch)]
+    for rows, asked in _trials:
+        asked[kernel] = nearest(arch)
+        chosen = rows.get(kernel, chosen)
+    return chosen
+
+
+_trials: list[tuple[Mapping[str, Row], dict[str, int]]] = []
+
+
+@contextlib.contextmanager
+def trial(rows: Mapping[str, Row]) -> Iterator[dict[str, int]]:
+    """For the time being ``rows`` overrule the table. Yields the kernels asked for since, with the architecture."""
+    asked: dict[str, int] = {}
+    _trials.append((rows, asked))
+    try:
+        yield asked
+    finally:
+        _trials.pop()
+
+
+def candidates(kernel: str) -> list[Row]:
+    """What the table has for a kernel on any architecture, each once."""
+    return list({row.label: row for row in TABLE[kernel].values()}.values())
+
+
+def autotuned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, a Triton backend of an op, with rows by time for kernels that it uses first."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with trial({}) as asked:
+            result = function(*arguments)
+        for kernel, arch in asked.items():
+            if (kernel, arch) not in _timed:
+                _timed.add((kernel, arch))
+                rows = candidates(kernel)
+                seconds = [_seconds(kernel, chosen, function, arguments) for chosen in rows]
+                TABLE[kernel][arch] = rows[seconds.index(min(seconds))]
+        return result
+
+    return run
+
+
+_timed: set[tuple[str, int]] = set()
+
+
+def _seconds(kernel: str, chosen: Row, function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Infinity for what does not compile or fit."""
+    import triton
+
+    with trial({kernel: chosen}):
+        try:
+            return float(triton.testing.do_bench(lambda: function(*arguments), warmup=5, rep=20)) / 1e3
+        except (triton.TritonError, RuntimeError):
+            return float("inf")
+
+
+def read_rows(path: Path) -> dict[str, dict[int, Row]]:
+    """Rows by kernel and architecture; none where there is no file."""
+    if not path.exists():
+        return {}
+    kernels = json.loads(path.read_text())
+    return {kernel: {int(arch): Row(**entry) for arch, entry in rows.items()} for kernel, rows in kernels.items()}
 
 
 def _tiles(q: int, k: int, warps: int, stages: int, why: str) -> Row:
@@ -117,3 +193,6 @@ TABLE: dict[str, dict[int, Row]] = {
     "spatial_merge": _everywhere({"TILE": 1, "PROGRAMS": 1056}, 4, _STREAM),
     "spatial_merge_backward": _everywhere({"TILE": 1, "PROGRAMS": 132}, 8, _SUMS),
 }
+
+for _kernel, _rows in read_rows(MEASURED).items():
+    TABLE[_kernel].update(_rows)

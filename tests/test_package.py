@@ -81,10 +81,10 @@ print(json.dumps([_C.cpu_level(), digests]))
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 # Their products are fused multiply-adds, or products of bf16, where the level has them: a level's own bits,
 # held to the harness's tolerance like every backend (`make test-levels`).
-PER_LEVEL = ("rope_attention", "rope_attention_backward")
+PER_LEVEL = ("rope_attention", "rope_attention_backward", "bias_gelu", "bias_gelu_backward")  # fused products
 
 
-def test_the_bits_depend_on_no_thread_count_and_but_for_attention_on_no_level() -> None:
+def test_the_bits_depend_on_no_thread_count_and_but_for_fused_products_on_no_level() -> None:
     best, expected = json.loads(run_python(LEVEL_PROBE.format(threads=2)))
     for level in LEVELS[: LEVELS.index(best) + 1]:
         found = []

@@ -21,14 +21,12 @@ HK_INLINE float square_root(float x) {
 // cost E[x^2] - mean^2 its digits.
 HK_INLINE Statistics statistics(const float* row, float sum, int64_t E, float eps) {
   const float mean = sum / static_cast<float>(E);
-  f32x16 squares = {};
-  each_stretch(E, [&](int64_t i, int64_t n) {
+  const f32x16 squares = sum_stretches(E, [&](int64_t i, int64_t n) {
     const f32x16 d = load(row + i, n) - mean;
-    squares += n == kLanes ? d * d : [&] {
-      float part[kLanes] = {};
-      store(part, d * d, n);
-      return load(part);
-    }();
+    if (n == kLanes) return d * d;
+    float part[kLanes] = {};  // beyond the row d is -mean
+    store(part, d * d, n);
+    return load(part);
   });
   return {mean, 1.0f / square_root(total(squares) / static_cast<float>(E) + eps)};
 }

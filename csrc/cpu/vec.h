@@ -83,9 +83,14 @@ HK_INLINE f32x16 load(const float* p) {
   return x;
 }
 HK_INLINE f32x16 load(const bf16* p) {
+#ifdef __AVX512F__
+  const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<f32x16>(_mm512_slli_epi32(x, 16));
+#else
   u16x16 x;
   memcpy(&x, p, sizeof x);
   return floats_of(__builtin_convertvector(x, u32x16) << 16);
+#endif
 }
 HK_INLINE f32x16 load(const f16* p) {
 #ifdef __AVX512F__
@@ -132,21 +137,33 @@ HK_INLINE void store(f16* p, f32x16 x) {
 #endif
 }
 
+#ifdef __AVX512BW__
+HK_INLINE __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>((1u << n) - 1);
+}
+HK_INLINE f32x16 load_some(const float* p, int64_t n) {
+  return reinterpret_cast<f32x16>(_mm512_maskz_loadu_ps(first_lanes(n), p));
+}
+HK_INLINE f32x16 load_some(const bf16* p, int64_t n) {
+  const __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return reinterpret_cast<f32x16>(_mm512_slli_epi32(x, 16));
+}
+HK_INLINE f32x16 load_some(const f16* p, int64_t n) {
+  return reinterpret_cast<f32x16>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)));
+}
+#endif
+
 // The last n < 16 values of a row; what is not there reads as 0 and is not written.
 template <class T>
 HK_INLINE f32x16 load(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
-  alignas(64) T part[kLanes] = {};
 #ifdef __AVX512BW__
-  const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
-  if (sizeof(T) == 4)
-    _mm512_store_si512(part, _mm512_maskz_loadu_epi32(some, p));
-  else
-    _mm256_store_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(some, p));
+  return load_some(p, n);
 #else
+  alignas(64) T part[kLanes] = {};
   memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
-#endif
   return load(part);
+#endif
 }
 template <class T>
 HK_INLINE void store(T* p, f32x16 x, int64_t n) {
@@ -154,11 +171,10 @@ HK_INLINE void store(T* p, f32x16 x, int64_t n) {
   alignas(64) T part[kLanes];
   store(part, x);
 #ifdef __AVX512BW__
-  const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
   if (sizeof(T) == 4)
-    _mm512_mask_storeu_epi32(p, some, _mm512_load_si512(part));
+    _mm512_mask_storeu_epi32(p, first_lanes(n), _mm512_load_si512(part));
   else
-    _mm256_mask_storeu_epi16(p, some, _mm256_load_si256(reinterpret_cast<const __m256i*>(part)));
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_load_si256(reinterpret_cast<const __m256i*>(part)));
 #else
   memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 #endif
@@ -170,6 +186,28 @@ HK_INLINE void each_stretch(int64_t E, Body body) {
   int64_t i = 0;
   for (; i + kLanes <= E; i += kLanes) body(i, kLanes);
   if (i < E) body(i, E - i);
+}
+
+// Adds up value(i, n) over the stretches of a row, in four chains: one would wait for itself at every addition.
+template <class Value>
+HK_INLINE f32x16 sum_stretches(int64_t E, Value value) {
+  f32x16 a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= E; i += 4 * kLanes) {
+    a += value(i, kLanes);
+    b += value(i + kLanes, kLanes);
+    c += value(i + 2 * kLanes, kLanes);
+    d += value(i + 3 * kLanes, kLanes);
+  }
+  for (; i + kLanes <= E; i += kLanes) a += value(i, kLanes);
+  if (i < E) b += value(i, E - i);
+  return (a + b) + (c + d);
+}
+
+// Fetches what comes next while a row is worked on in L1: hardware does not look across pages, or past the last use
+// of a row. An address beyond the data does no harm.
+HK_INLINE void fetch(const void* p) {
+  __builtin_prefetch(p);
 }
 
 HK_INLINE float* allocate_floats(int64_t n) {
@@ -192,6 +230,15 @@ HK_INLINE int with_type(int32_t dtype, Body body) {
   if (dtype == HK_F32) return body(static_cast<float*>(nullptr));
   if (dtype == HK_BF16) return body(static_cast<bf16*>(nullptr));
   return body(static_cast<f16*>(nullptr));
+}
+
+// 1 / x for a positive x whose reciprocal is normal; half as slow where 1e-4 will do.
+template <bool exact>
+HK_INLINE f32x16 reciprocal(f32x16 x) {
+#ifdef __AVX512F__
+  if (!exact) return reinterpret_cast<f32x16>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+#endif
+  return 1.0f / x;
 }
 
 // 2^x for x <= 0 or small: the nearest integer goes into the exponent, 2^rest is a polynomial of minimax

@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,23 @@ _MAX_ROW = 16384
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # What an interpreted kernel is launched as.
 _INTERPRETED = 90
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter takes int() of an array of one element, which numpy 2.4 and later refuse."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED.value:
+    _mend_interpreter()
 
 
 def architecture(device: torch.device) -> int:

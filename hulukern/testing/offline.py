@@ -7,6 +7,7 @@ The interpreter and the compiler exclude each other within a process, hence one 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,6 +29,9 @@ from hulukern.validation import dtype_name
 
 # Beside an op's first case: what compiles to other code. A dtype limits the case to it.
 MORE: dict[str, tuple[tuple[Case, torch.dtype | None], ...]] = {
+    "patch_embed_cut": (
+        (Case("no_scores", {"THWC": (2, 56, 56, 3), "patch_size": 14, "merge_size": 2, "scores": False}), None),
+    ),
     "token_score": (
         (Case("kept", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 2, "reference": "kept"}), None),
         (Case("large", {"grid_thw": [(4, 8, 8)], "L": 588, "merge_size": 8, "reference": "kept"}), None),
@@ -61,6 +65,7 @@ class Compiled:
     shared_bytes: int
     products: int  # matrix products in Triton's own last form
     product_work: int  # their multiply-adds
+    tensor_columns: int  # of tensor memory, on sm_100
     constants: dict[str, Any]
 
 
@@ -83,28 +88,37 @@ class OfflineDriver:
 
 
 def cases(op: Op, brief: bool = False) -> Iterator[tuple[Case, torch.dtype]]:
-    """Brief leaves out fp16, which compiles as bf16 does, and the cases of one dtype."""
+    """Brief is one dtype a case, bf16 where there is a choice."""
+    main = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
     for case, only in ((op.cases[0], None), *MORE.get(op.name, ())):
         for dtype in op.dtypes:
-            if only in (None, dtype) and not (brief and (only or dtype == torch.float16)):
+            if only in (None, dtype) and not (brief and dtype != main):
                 yield case, dtype
+
+
+@contextlib.contextmanager
+def launches(**more: Any) -> Iterator[list[Any]]:
+    """The compiled kernels of all launches meanwhile, each with ``more`` options; none under the interpreter."""
+    from triton.runtime.jit import JITFunction
+
+    launched: list[Any] = []
+    real_run = JITFunction.run
+
+    def run(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(real_run(self, *args, **{**options, **more}))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launched
 
 
 def compile_all(architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False) -> None:
     """Leave <op>.<case>.<dtype>.<n>.cubin for every kernel that the calls would launch, and kernels.json."""
     import triton
-    from triton.runtime.jit import JITFunction
 
     folder.mkdir(parents=True, exist_ok=True)
     triton.runtime.driver.set_active(OfflineDriver(architecture))
-    launched: list[Any] = []
-    real_run = JITFunction.run
-
-    def run(self: Any, *args: Any, **options: Any) -> None:
-        launched.append(real_run(self, *args, **{**options, "warmup": True}))
-
     found: list[Compiled] = []
-    with mock.patch.object(JITFunction, "run", run), mock.patch("hulukern.backends.unavailable", return_value=""):
+    with launches(warmup=True) as launched, mock.patch("hulukern.backends.unavailable", return_value=""):
         for name, registered in hulukern.OPS.items():
             op = registered.spec
             if "triton" not in op.backends or (ops and name not in ops):
@@ -137,17 +151,18 @@ def _described(kernel: Any, op: Op, case: Case, dtype: torch.dtype, file: str) -
     work = sum(int(m) * int(k) * int(n) for m, k, n in shapes)
     return Compiled(
         op.name, case.name, dtype_name(dtype), meta.name, file, meta.num_warps, meta.num_stages, meta.shared,
-        len(shapes), work, plain,
+        len(shapes), work, getattr(meta, "tmem_size", None) or 0, plain,
     )  # fmt: skip
 
 
 def compile_in_subprocess(
-    architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False
+    architecture: int, folder: Path, ops: Sequence[str] = (), brief: bool = False, cache: Path | None = None
 ) -> list[Compiled]:
-    """What a fresh process without the interpreter compiles; RuntimeError with its words if it fails."""
+    """What a fresh process without the interpreter compiles; RuntimeError with its words if it fails. ``cache`` is
+    Triton's, kept for the next time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(hulukern.__file__).parents[1]), *sys.path[1:]])
-    environment.setdefault("TRITON_CACHE_DIR", str(folder / "cache"))
+    environment.setdefault("TRITON_CACHE_DIR", str(cache or folder / "cache"))
     command = [sys.executable, "-m", "hulukern.testing.offline", str(architecture), str(folder), *ops]
     command += ["--brief"] if brief else []
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -162,75 +177,6 @@ def tool(name: str) -> Path | None:
 
     path = Path(nvidia.__path__[0]) / "bin" / name
     return path if path.exists() else None
-
-
-# --- machine code -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What cuobjdump says of one kernel."""
-
-    registers: int
-    stack_bytes: int
-    local_accesses: int  # loads and stores of local memory: spills, and arrays that left the registers
-    code_bytes: int
-    loads: dict[int, int]  # bits -> global loads and asynchronous copies of that width
-    stores: dict[int, int]
-    tensor: dict[str, int]  # tensor instruction with its shape -> how many
-
-    def tensor_work(self, compiled: Compiled) -> int:
-        """Multiply-adds of a program's tensor instructions, each counted once. UTCHMMA keeps its shape in a
-        register, so there Triton's own form is counted."""
-        total = 0
-        for name, count in self.tensor.items():
-            parts = name.split(".")
-            if parts[0] == "UTCHMMA":
-                return compiled.product_work
-            if parts[0] == "HGMMA":
-                m, n, k = (int(size) for size in parts[1].split("x"))
-                total += count * m * n * k * compiled.warps // 4
-            else:
-                total += count * 16 * 8 * {"16816": 16, "1688": 8, "1684": 4}[parts[1]] * compiled.warps
-        return total
-
-
-def read_machine_code(cubin: Path) -> MachineCode:
-    cuobjdump = str(tool("cuobjdump"))
-    usage, sass = (
-        subprocess.run([cuobjdump, option, str(cubin)], capture_output=True, text=True, check=True).stdout
-        for option in ("-res-usage", "-sass")
-    )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None or "EXIT" not in sass:
-        raise RuntimeError(f"{cubin.name}: no machine code")
-    instructions = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Za-z0-9_.]*)(.*)", sass)
-    loads: dict[int, int] = {}
-    stores: dict[int, int] = {}
-    tensor: dict[str, int] = {}
-    local = 0
-    for _, name, _ in instructions:
-        kind = name.split(".")[0]
-        if kind in ("LDG", "LDGSTS"):
-            _count(loads, _bits(name))
-        elif kind == "STG":
-            _count(stores, _bits(name))
-        elif kind in ("LDL", "STL"):
-            local += 1
-        elif kind.endswith("MMA"):
-            _count(tensor, name)
-    end = int(instructions[-1][0], 16) + 16
-    return MachineCode(int(found[1]), int(found[2]), local, end, loads, stores, tensor)
-
-
-def _count(counts: dict[Any, int], key: Any) -> None:
-    counts[key] = counts.get(key, 0) + 1
-
-
-def _bits(name: str) -> int:
-    """LDG.E.128 is 128, LDG.E.U8 8, LDG.E 32."""
-    widths = [part for part in name.split(".")[1:] if re.fullmatch(r"[US]?(8|16|64|128|256)", part)]
-    return int(widths[-1].lstrip("US")) if widths else 32
 
 
 if __name__ == "__main__":

@@ -96,8 +96,11 @@ def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
             refuse(str(one.file), f"{n} frames beside other files of its series", "one")
         if one.size != members[0].size:
             refuse(str(one.file), f"size {'x'.join(map(str, one.size))}", f"{'x'.join(map(str, members[0].size))}")
-    if len({one.depth for one in members}) == len(members):
+    positions = len({one.depth for one in members})
+    if positions == len(members):
         members.sort(key=lambda one: one.depth)
+    elif positions > 1:  # phases or echoes under one UID: in no order are they one volume
+        refuse(source, f"{len(members)} slices at {positions} positions", "one slice at each")
     else:
         members.sort(key=lambda one: int(one.data.get("InstanceNumber") or 0))
     return _volume(source, members, how)

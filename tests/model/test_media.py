@@ -285,6 +285,16 @@ def test_a_series_without_positions_goes_by_instance_number(tmp_path: Path) -> N
         load_frames(tmp_path, axis="coronal")
 
 
+def test_two_phases_under_one_uid_are_no_volume(tmp_path: Path) -> None:
+    write_series(tmp_path, np.zeros((3, 4, 4), np.uint8))
+    for file in list(tmp_path.iterdir())[:2]:
+        data = pydicom.dcmread(file)
+        data.InstanceNumber += 3
+        data.save_as(tmp_path / f"later_{file.name}")
+    with pytest.raises(ValueError, match="has 5 slices at 3 positions, expected one slice at each"):
+        load_frames(tmp_path)
+
+
 def test_two_series_in_a_folder_are_refused_by_name(tmp_path: Path) -> None:
     for uid in ("1.2.33", "1.2.44"):
         write_dicom(tmp_path / uid, np.zeros((4, 4), np.uint8), SeriesInstanceUID=uid)

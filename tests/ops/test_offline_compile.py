@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hulukern
+from bench.static import machine_code
 from hulukern.testing import offline
 from hulukern.tuning import ARCHITECTURES
 
@@ -42,7 +43,7 @@ def test_every_triton_kernel_compiles_without_spills(architecture: int, tmp_path
     expected = {name for name, registered in hulukern.OPS.items() if "triton" in registered.spec.backends}
     assert {c.op for c in compiled} == expected
     for c in compiled:
-        code = offline.read_machine_code(tmp_path / c.file)
+        code = machine_code.read_one(tmp_path / c.file)
         if (c.op, c.dtype) in offline.MAY_SPILL:
             continue
         spills = code.stack_bytes or code.local_accesses

@@ -2,7 +2,8 @@
 //   tanh  u * sigmoid(2 z), z = sqrt(2/pi) (u + 0.044715 u^3): one exponential and one division
 //   erf   u * Phi(u), Phi(-|u|) = t poly(t) exp(-u^2/2) / 2 with t = 1 / (1 + p |u| / sqrt 2): Abramowitz and
 //         Stegun 7.1.26, 0.75e-7 of Phi, which fp32 rounding equals
-// Nothing is fused, so that all levels give the same bits. The bias gradient is summed per stretch of rows and
+// Bits are the same for all thread counts; levels without FMA, or with a reciprocal of 14 bits, round differently,
+// within the tolerance of the dtype. The bias gradient is summed per stretch of rows and
 // then over the stretches, in order.
 #include "cpu/row_norm.h"
 #include "ops/bias_gelu/bias_gelu.h"
@@ -18,23 +19,34 @@ template <>
 constexpr bool kRounds<bf16> = true;
 
 constexpr float kLog2e = 1.44269504f, kSqrt2OverPi = 0.797884561f, kCubic = 0.044715f;
+constexpr float kLinearExponent = -2.0f * kSqrt2OverPi * kLog2e;  // of 2 in exp(-2 z), by u and u^3
+constexpr float kCubicExponent = kLinearExponent * kCubic;
+
+constexpr int64_t kAhead = 512;  // values
 
 // To 1e-4 where the result is rounded to bf16, 4e-3.
 template <class T>
 HK_INLINE f32x16 exponential(f32x16 x) {
-  return exp2<kRounds<T> ? 3 : 6, false>(smaller(splat(126.0f), x * kLog2e));
+  return exp2<kRounds<T> ? 3 : 6>(smaller(splat(126.0f), x * kLog2e));
+}
+
+// exp(-2 z); u2 = u^2.
+template <class T>
+HK_INLINE f32x16 exp_minus_2z(f32x16 u, f32x16 u2) {
+  const f32x16 by_u = multiply_add(u2, splat(kCubicExponent), splat(kLinearExponent));
+  return exp2<kRounds<T> ? 3 : 6>(smaller(splat(126.0f), u * by_u));
 }
 
 // Phi(u), and exp(-u^2/2) beside it.
 template <class T>
 HK_INLINE f32x16 normal_cdf(f32x16 u, f32x16* bell) {
   const f32x16 x = floats_of(bits_of(u) & 0x7fffffffu) * 0.707106781f;
-  const f32x16 t = 1.0f / (1.0f + 0.3275911f * x);
+  const f32x16 t = reciprocal<!kRounds<T>>(multiply_add(x, splat(0.3275911f), splat(1.0f)));
   *bell = exponential<T>(-(x * x));
-  f32x16 y = t * 1.061405429f - 1.453152027f;
-  y = y * t + 1.421413741f;
-  y = y * t - 0.284496736f;
-  y = y * t + 0.254829592f;
+  f32x16 y = multiply_add(t, splat(1.061405429f), splat(-1.453152027f));
+  y = multiply_add(y, t, splat(1.421413741f));
+  y = multiply_add(y, t, splat(-0.284496736f));
+  y = multiply_add(y, t, splat(0.254829592f));
   const f32x16 tail = 0.5f * (y * t * *bell);
   return pick(u < 0.0f, tail, 1.0f - tail);
 }
@@ -45,7 +57,7 @@ HK_INLINE f32x16 gelu(f32x16 u) {
     f32x16 bell;
     return u * normal_cdf<T>(u, &bell);
   }
-  return u / (1.0f + exponential<T>((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u)));
+  return u * reciprocal<!kRounds<T>>(1.0f + exp_minus_2z<T>(u, u * u));
 }
 
 template <class T, bool erf>
@@ -55,10 +67,11 @@ HK_INLINE f32x16 slope(f32x16 u) {
     const f32x16 below = normal_cdf<T>(u, &bell);
     return below + u * bell * 0.398942280f;
   }
-  const f32x16 e = exponential<T>((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u));
-  const f32x16 s = 1.0f / (1.0f + e);
+  const f32x16 u2 = u * u, e = exp_minus_2z<T>(u, u2);
+  const f32x16 s = reciprocal<!kRounds<T>>(1.0f + e);
   // s (1 - s) as e s^2: nothing cancels where s is nearly 1.
-  return s + 2.0f * kSqrt2OverPi * u * (1.0f + 3.0f * kCubic * u * u) * (e * s * s);
+  const f32x16 dz = u * multiply_add(u2, splat(6.0f * kSqrt2OverPi * kCubic), splat(2.0f * kSqrt2OverPi));
+  return multiply_add(dz, e * s * s, s);
 }
 
 template <class T, bool erf>
@@ -74,6 +87,7 @@ int forward(const BiasGeluArgs& a) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     T* out = static_cast<T*>(a.out) + row * a.out_stride;
     each_stretch(a.E, [&](int64_t i, int64_t n) {
+      fetch(x + i + kAhead);
       f32x16 u = load(x + i, n);
       if (bias != nullptr) u += load(bias + i);
       store(out + i, gelu<T, erf>(u), n);
@@ -102,6 +116,8 @@ int backward(const BiasGeluBackwardArgs& a) {
       const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
       T* grad_x = static_cast<T*>(a.grad_x) + row * a.grad_x_stride;
       each_stretch(a.E, [&](int64_t i, int64_t n) {
+        fetch(x + i + kAhead);
+        fetch(grad + i + kAhead);
         f32x16 u = load(x + i, n);
         if (bias != nullptr) u += load(bias + i);
         const f32x16 g = load(grad + i, n) * slope<T, erf>(u);

@@ -17,23 +17,21 @@ template <class T>
 void forward_row(const LayerNormArgs& a, int64_t row, const float* weight, const float* bias, float* s) {
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
   T* y = static_cast<T*>(a.y) + row * a.y_stride;
-  f32x16 sum = {};
+  const T* residual = nullptr;
+  T* summed = nullptr;
   if (a.residual != nullptr) {
-    const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
-    T* summed = static_cast<T*>(a.summed) + row * a.summed_stride;
-    each_stretch(a.E, [&](int64_t i, int64_t n) {
-      store(summed + i, load(x + i, n) + load(residual + i, n), n);
-      const f32x16 v = load(summed + i, n);
-      store(s + i, v);
-      sum += v;
-    });
-  } else {
-    each_stretch(a.E, [&](int64_t i, int64_t n) {
-      const f32x16 v = load(x + i, n);
-      store(s + i, v);
-      sum += v;
-    });
+    residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+    summed = static_cast<T*>(a.summed) + row * a.summed_stride;
   }
+  const f32x16 sum = sum_stretches(a.E, [&](int64_t i, int64_t n) {
+    f32x16 v = load(x + i, n);
+    if (residual != nullptr) {
+      store(summed + i, v + load(residual + i, n), n);
+      v = load(summed + i, n);
+    }
+    store(s + i, v);
+    return v;
+  });
   const Statistics z = statistics(s, total(sum), a.E, a.eps);
   a.mean[row] = z.mean;
   a.rstd[row] = z.rstd;
@@ -73,6 +71,8 @@ void backward_row(const LayerNormBackwardArgs& a, int64_t row, const float* weig
   each_stretch(a.E, [&](int64_t i, int64_t n) {
     const f32x16 g = load(grad + i, n), normed = (load(summed + i, n) - mean) * rstd;
     const f32x16 gw = g * load(weight + i, n);
+    fetch(grad + a.grad_stride + i);
+    fetch(summed + a.summed_stride + i);
     sum += gw;
     dot += gw * normed;
     store(of_weight + i, load(of_weight + i, n) + g * normed, n);
@@ -83,7 +83,10 @@ void backward_row(const LayerNormBackwardArgs& a, int64_t row, const float* weig
   each_stretch(a.E, [&](int64_t i, int64_t n) {
     const f32x16 normed = (load(summed + i, n) - mean) * rstd;
     f32x16 gx = rstd * (load(grad + i, n) * load(weight + i, n) - mean_gw - normed * mean_dot);
-    if (other != nullptr) gx += load(other + i, n);
+    if (other != nullptr) {
+      fetch(other + a.grad_summed_stride + i);
+      gx += load(other + i, n);
+    }
     store(grad_x + i, gx, n);
   });
 }

@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef HK_CPU_X86_LEVELS
+#include <immintrin.h>
+#endif
 
 #include "ops/patch_embed/patch_embed.h"
 
@@ -22,32 +25,84 @@ inline uint8_t clip(int32_t sum) {
   return static_cast<uint8_t>(x < 0 ? 0 : x > 255 ? 255 : x);
 }
 
-template <int C>
-void resample_row(uint8_t* to, const uint8_t* from, int64_t width, const Taps& taps) {
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+
+inline i32x4 widen(const uint8_t* p) {
+#ifdef __SSE4_1__
+  int32_t four;
+  memcpy(&four, p, 4);
+  return reinterpret_cast<i32x4>(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+#else
+  return i32x4{p[0], p[1], p[2], p[3]};
+#endif
+}
+
+// Of x >> kBits, as clip().
+inline void store_colour(uint8_t* to, i32x4 x) {
+#ifdef __SSE4_1__
+  const __m128i shorts = _mm_packs_epi32(reinterpret_cast<__m128i>(x >> kBits), _mm_setzero_si128());
+  const int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(shorts, shorts));
+  memcpy(to, &four, 3);
+#else
+  for (int c = 0; c < 3; ++c) to[c] = clip(x[c]);
+#endif
+}
+
+// The three channels of a pixel and the byte after it, which nothing reads: four lanes, of which three count. Taps is
+// a number, where the loop is unrolled over it and weights beyond a pixel's own are 0, or 0: as many as there are.
+template <int kTaps>
+inline void resample_colour(uint8_t* to, const uint8_t* from, const int32_t* weight, int32_t count) {
+  i32x4 sum = {1 << (kBits - 1), 1 << (kBits - 1), 1 << (kBits - 1), 0};
+  const int32_t n = kTaps ? kTaps : count;
+#pragma GCC unroll 8
+  for (int32_t k = 0; k < n; ++k) sum += widen(from + 3 * k) * weight[k];
+  store_colour(to, sum);
+}
+
+// Pixels whose taps reach the row's last byte are left to the plain loop.
+template <int C, int kTaps>
+void resample_row(uint8_t* to, const uint8_t* from, int64_t from_width, int64_t width, const Taps& taps) {
   for (int64_t x = 0; x < width; ++x) {
-    const int32_t* weight = taps.weights + x * taps.size;
+    const int32_t *weight = taps.weights + x * taps.size, count = taps.count[x];
     const uint8_t* pixel = from + taps.first[x] * C;
-    int32_t sum[C];
-    for (int c = 0; c < C; ++c) sum[c] = 1 << (kBits - 1);
-    for (int32_t k = 0; k < taps.count[x]; ++k)
-      for (int c = 0; c < C; ++c) sum[c] += pixel[k * C + c] * weight[k];
-    for (int c = 0; c < C; ++c) to[x * C + c] = clip(sum[c]);
+    if (C == 3 && taps.first[x] + (kTaps ? kTaps : count) < from_width) {
+      resample_colour<kTaps>(to + x * C, pixel, weight, count);
+      continue;
+    }
+    for (int c = 0; c < C; ++c) {
+      int32_t sum = 1 << (kBits - 1);
+      for (int32_t k = 0; k < count; ++k) sum += pixel[k * C + c] * weight[k];
+      to[x * C + c] = clip(sum);
+    }
   }
 }
 
-// [rows of scratch, n] to one row, 64 columns at a time.
-void sum_rows(uint8_t* to, const uint8_t* rows, int64_t n, const int32_t* weight, int32_t count) {
-  for (int64_t x0 = 0; x0 < n; x0 += 64) {
-    const int64_t m = n - x0 < 64 ? n - x0 : 64;
-    int32_t sum[64];
-    for (int64_t x = 0; x < m; ++x) sum[x] = 1 << (kBits - 1);
-    for (int32_t k = 0; k < count; ++k) {
-      const uint8_t* row = rows + k * n + x0;
-      const int32_t w = weight[k];
-      for (int64_t x = 0; x < m; ++x) sum[x] += row[x] * w;
-    }
-    for (int64_t x = 0; x < m; ++x) to[x0 + x] = clip(sum[x]);
+void resample(uint8_t* to, const uint8_t* from, const PatchEmbedResizeArgs& a) {
+  if (a.C == 1) return resample_row<1, 0>(to, from, a.W, a.w, a.across);
+  // Larger or a little smaller (by less than a half): the usual cases.
+  if (a.across.size == 5) return resample_row<3, 5>(to, from, a.W, a.w, a.across);
+  if (a.across.size == 7) return resample_row<3, 7>(to, from, a.W, a.w, a.across);
+  return resample_row<3, 0>(to, from, a.W, a.w, a.across);
+}
+
+constexpr int64_t kColumns = 64;
+
+// Columns x0 .. x0 + m of rows of scratch, [count, n], to one row.
+inline void sum_columns(uint8_t* to, const uint8_t* rows, int64_t n, int64_t m, const int32_t* weight, int32_t count) {
+  int32_t sum[kColumns];
+  for (int64_t x = 0; x < m; ++x) sum[x] = 1 << (kBits - 1);
+  for (int32_t k = 0; k < count; ++k) {
+    const uint8_t* row = rows + k * n;
+    const int32_t w = weight[k];
+    for (int64_t x = 0; x < m; ++x) sum[x] += row[x] * w;
   }
+  for (int64_t x = 0; x < m; ++x) to[x] = clip(sum[x]);
+}
+
+void sum_rows(uint8_t* to, const uint8_t* rows, int64_t n, const int32_t* weight, int32_t count) {
+  int64_t x = 0;
+  for (; x + kColumns <= n; x += kColumns) sum_columns(to + x, rows + x, n, kColumns, weight, count);
+  sum_columns(to + x, rows + x, n, n - x, weight, count);
 }
 
 void resize_band(const PatchEmbedResizeArgs& a, int64_t t, int64_t begin, int64_t end, uint8_t* scratch) {
@@ -59,10 +114,8 @@ void resize_band(const PatchEmbedResizeArgs& a, int64_t t, int64_t begin, int64_
     uint8_t* to = scratch + (y - first) * n;
     if (a.w == a.W)
       memcpy(to, row, static_cast<size_t>(n));
-    else if (a.C == 3)
-      resample_row<3>(to, row, a.w, a.across);
     else
-      resample_row<1>(to, row, a.w, a.across);
+      resample(to, row, a);
   }
   for (int64_t y = begin; y < end; ++y) {
     uint8_t* to = a.out + (t * a.h + y) * n;

@@ -17,6 +17,7 @@ int rotate(const RopeAttentionRotateArgs& a) {
       const T* x = static_cast<const T*>(a.x.data) + row * a.x.row + head * a.x.head;
       T* out = static_cast<T*>(a.out.data) + row * a.out.row + head * a.out.head;
       each_stretch(pairs, [&](int64_t j, int64_t n) {
+        fetch(x + a.x.row + 2 * j);
         const f32x16 low = load(x + j, n), high = load(x + pairs + j, n), c = load(cos + j, n), s = load(sin + j, n);
         store(out + j, low * c - high * s, n);
         store(out + pairs + j, high * c + low * s, n);

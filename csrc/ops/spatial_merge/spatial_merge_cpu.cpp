@@ -11,20 +11,23 @@ using hk::SpatialMergeBackwardArgs;
 
 template <class T>
 void merge_cell(const SpatialMergeArgs& a, int64_t k, const float* weight, const float* bias, float* s, float* sum) {
-  const T* x = static_cast<const T*>(a.x) + (a.keep ? a.keep[k] : k) * a.area * a.x_stride;
+  const T *rows = static_cast<const T*>(a.x), *x = rows + (a.keep ? a.keep[k] : k) * a.area * a.x_stride;
+  const T* next_cell = rows + (a.keep && k + 1 < a.K ? a.keep[k + 1] : k + 1) * a.area * a.x_stride;
   for (int64_t r = 0; r < a.area; ++r, x += a.x_stride) {
+    const T* next = r + 1 < a.area ? x + a.x_stride : next_cell;
     if (weight == nullptr) {
       each_stretch(a.E, [&](int64_t i, int64_t n) {
+        fetch(next + i);
         const f32x16 v = load(x + i, n);
         store(sum + i, r == 0 ? v : load(sum + i) + v);
       });
       continue;
     }
-    f32x16 all = {};
-    each_stretch(a.E, [&](int64_t i, int64_t n) {
+    const f32x16 all = sum_stretches(a.E, [&](int64_t i, int64_t n) {
+      fetch(next + i);
       const f32x16 v = load(x + i, n);
       store(s + i, v);
-      all += v;
+      return v;
     });
     const Statistics z = statistics(s, total(all), a.E, a.eps);
     a.mean[k * a.area + r] = z.mean;
@@ -88,6 +91,7 @@ void spread_cell(const SpatialMergeBackwardArgs& a, int64_t k, const float* weig
     const float mean = a.mean[k * a.area + r], rstd = a.rstd[k * a.area + r];
     f32x16 sum = {}, dot = {};
     each_stretch(a.E, [&](int64_t i, int64_t n) {
+      fetch(x + a.x_stride + i);
       const f32x16 g = load(grad + i, n), normed = (load(x + i, n) - mean) * rstd, gw = g * each * load(weight + i, n);
       sum += gw;
       dot += gw * normed;

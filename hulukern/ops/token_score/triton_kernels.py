@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 
 from hulukern.ops.common import rows_dense
+from hulukern.ops.triton_common import PROGRAMS
 
 # A tile of 16384 elements is 32 per thread of 16 warps: two versions and the differences fit in registers.
-_MAX_TILE = 16384
+MAX_TILE = 16384
 _LARGE_TILE = 4096
-# Programs that fill the device, 8 for each of an H100's 132 multiprocessors; a chunk of T reads the
-# version before it again, so shorter chunks than 8 cost more than they fill.
-_PROGRAMS = 1056
+# A chunk of T reads the version before it again, so shorter chunks than 8 cost more than they fill.
 _MIN_CHUNK = 8
 
 
@@ -41,7 +40,7 @@ def _load(
 
 
 @triton.jit
-def _window_sum(b_x, b_y, i_w: tl.constexpr, windows, N_WINDOWS: tl.constexpr):
+def window_sum(b_x, b_y, i_w: tl.constexpr, windows, N_WINDOWS: tl.constexpr):
     """Sum of |x - y|; integers exactly, in int32: at most 65535 * 16384 per tile."""
     if b_x.dtype.is_floating():
         total = tl.sum(tl.abs(b_x.to(tl.float32) - b_y.to(tl.float32)), axis=None)
@@ -57,7 +56,7 @@ def _window_sum(b_x, b_y, i_w: tl.constexpr, windows, N_WINDOWS: tl.constexpr):
 
 
 @triton.jit
-def _mean(total, count, i_w: tl.constexpr, windows, N_WINDOWS: tl.constexpr):
+def mean_of(total, count, i_w: tl.constexpr, windows, N_WINDOWS: tl.constexpr):
     """IEEE division, as everywhere: a plain ``/`` would round differently."""
     denominator = count.to(tl.float32)
     if N_WINDOWS > 0:
@@ -106,18 +105,19 @@ def token_score_kernel(
         tl.store(scores + i_cell, float("inf"))
 
     t_first = tl.maximum(t_begin, 1)
-    b_ref = _load(p_cell + (t_first - 1) * stride_t * UNIT, b_run, b_at, stride_run, n_runs, run, UNIT)
-    # Loads run one version ahead; after the last there is none, and the last is loaded again.
-    o_next = tl.minimum(t_first, t_end - 1) * stride_t * UNIT
-    b_next = _load(p_cell + o_next, b_run, b_at, stride_run, n_runs, run, UNIT)
+    # Loads run one version ahead; after the last there is none.
+    n_first = tl.where(t_first < t_end, n_runs, 0)
+    b_ref = _load(p_cell + (t_first - 1) * stride_t * UNIT, b_run, b_at, stride_run, n_first, run, UNIT)
+    b_next = _load(p_cell + t_first * stride_t * UNIT, b_run, b_at, stride_run, n_first, run, UNIT)
     for t in range(t_first, t_end):
         b_x = b_next
-        o_next = tl.minimum(t + 1, t_end - 1) * stride_t * UNIT
-        b_next = _load(p_cell + o_next, b_run, b_at, stride_run, n_runs, run, UNIT)
+        p_next = p_cell + (t + 1) * stride_t * UNIT
+        n_next = tl.where(t + 1 < t_end, n_runs, 0)
+        b_next = _load(p_next, b_run, b_at, stride_run, n_next, run, UNIT)
         score = 0.0
         for i_w in tl.static_range(max(N_WINDOWS, 1)):
-            total = _window_sum(b_x, b_ref, i_w, windows, N_WINDOWS)
-            score = _larger(score, _mean(total, count, i_w, windows, N_WINDOWS), i_w)
+            total = window_sum(b_x, b_ref, i_w, windows, N_WINDOWS)
+            score = _larger(score, mean_of(total, count, i_w, windows, N_WINDOWS), i_w)
         tl.store(scores + t * n_cells + i_cell, score)
         if KEPT:
             b_ref = tl.where(score <= threshold, b_ref, b_x)
@@ -172,13 +172,17 @@ def token_score_large_kernel(
                     o = (i_run + b_run, i_at + b_at)
                     b_x = _load(p_cell + t * stride_t * UNIT, o[0], o[1], stride_run, n_runs, run, UNIT)
                     b_ref = _load(p_cell + t_ref * stride_t * UNIT, o[0], o[1], stride_run, n_runs, run, UNIT)
-                    total += _window_sum(b_x, b_ref, i_w, windows, N_WINDOWS)
-            score = _larger(score, _mean(total, count, i_w, windows, N_WINDOWS), i_w)
+                    total += window_sum(b_x, b_ref, i_w, windows, N_WINDOWS)
+            score = _larger(score, mean_of(total, count, i_w, windows, N_WINDOWS), i_w)
         tl.store(scores + t * n_cells + i_cell, score)
         if KEPT:
             t_ref = tl.where(score <= threshold, t_ref, t)
         else:
             t_ref = t
+
+
+def versions_per_program(T: int, n_cells: int) -> int:
+    return min(T, max(_MIN_CHUNK, triton.cdiv(T, triton.cdiv(PROGRAMS, n_cells))))
 
 
 def _launch(
@@ -202,12 +206,12 @@ def _launch(
     taken = (stride_t * (T > 1), stride_y * (cells_y > 1), stride_x * (cells_x > 1), stride_run)
     unit = math.gcd(16 // pixels.element_size(), run, *taken)
     block_r, block_e = triton.next_power_of_2(n_runs), triton.next_power_of_2(max(run, 1))
-    large = block_r * block_e > _MAX_TILE
+    large = block_r * block_e > MAX_TILE
     if large:
         block_e = min(block_e, _LARGE_TILE)
         block_r = min(block_r, _LARGE_TILE // block_e)
     tile = block_r * block_e
-    chunk = T if kept else min(T, max(_MIN_CHUNK, triton.cdiv(T, triton.cdiv(_PROGRAMS, n_cells))))
+    chunk = T if kept else versions_per_program(T, n_cells)
     kernel = token_score_large_kernel if large else token_score_kernel
     with torch.cuda.device_of(pixels):
         kernel[(n_cells, triton.cdiv(T, chunk))](
