@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import platform
 import random
 import statistics
 import time
@@ -94,8 +95,8 @@ def interleave(
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Bytes by which a call raises this process's resident memory at its highest. Linux only."""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one unseen
+    """Bytes by which a call raises this process's resident memory at its highest."""
+    _glibc().malloc_trim(0)  # what earlier calls freed must not serve this one unseen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _resident("VmRSS")
     held = call()
@@ -112,10 +113,15 @@ def _resident(field: str) -> int:
 def keep_freed_memory() -> None:
     """Tell glibc to hand out freed memory again instead of giving it back, as PyTorch's tuning guide does with
     jemalloc: otherwise every large result costs its page faults anew, which weigh more than the op itself."""
-    libc = ctypes.CDLL(None)
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        if libc.mallopt(option, value) != 1:
-            raise OSError(f"mallopt({option}, {value}) failed")
+        if _glibc().mallopt(option, value) != 1:
+            raise ValueError(f"mallopt: refused option {option} with value {value}, expected it to be taken")
+
+
+def _glibc() -> Any:
+    if platform.libc_ver()[0] != "glibc":
+        raise ValueError(f"platform: has {platform.platform()}, expected Linux with glibc, whose allocator is asked")
+    return ctypes.CDLL(None)
 
 
 def cold_arguments(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[Arguments]:
