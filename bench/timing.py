@@ -96,7 +96,9 @@ def interleave(
 
 def peak_memory(call: Callable[[], Any]) -> int:
     """Bytes by which a call raises this process's resident memory at its highest."""
-    _glibc().malloc_trim(0)  # what earlier calls freed must not serve this one unseen
+    if not _has_glibc():
+        raise ValueError(f"platform: has {platform.platform()}, expected Linux with glibc for a peak of memory")
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one unseen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _resident("VmRSS")
     held = call()
@@ -110,18 +112,18 @@ def _resident(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field)))
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> bool:
     """Tell glibc to hand out freed memory again instead of giving it back, as PyTorch's tuning guide does with
-    jemalloc: otherwise every large result costs its page faults anew, which weigh more than the op itself."""
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        if _glibc().mallopt(option, value) != 1:
-            raise ValueError(f"mallopt: refused option {option} with value {value}, expected it to be taken")
+    jemalloc: otherwise every large result costs its page faults anew, which weigh more than the op itself. Whether
+    it could be told; results say so."""
+    if not _has_glibc():
+        return False
+    options = ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28))  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    return all(ctypes.CDLL(None).mallopt(option, value) == 1 for option, value in options)
 
 
-def _glibc() -> Any:
-    if platform.libc_ver()[0] != "glibc":
-        raise ValueError(f"platform: has {platform.platform()}, expected Linux with glibc, whose allocator is asked")
-    return ctypes.CDLL(None)
+def _has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
 
 
 def cold_arguments(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[Arguments]:
