@@ -15,11 +15,13 @@ bench: $(VENV)/build.stamp
 test: $(VENV)/build.stamp
 	$(PY) -m pytest
 
+CPU_TESTS := tests/ops/test_ops.py tests/ops/test_resize.py -k "cpu or resize"
+
 # The op tests once per CPU level that this machine has.
 test-levels: $(VENV)/build.stamp
 	for level in baseline avx2 avx512 avx512_bf16 amx; do \
 	  HULUKERN_CPU_LEVEL=$$level $(PY) -c "from hulukern.backends import native_error as e; import sys; sys.exit(bool(e()))" || break; \
-	  echo "level $$level"; HULUKERN_CPU_LEVEL=$$level $(PY) -m pytest -q tests/ops/test_ops.py -k cpu || exit 1; \
+	  echo "level $$level"; HULUKERN_CPU_LEVEL=$$level $(PY) -m pytest -q $(CPU_TESTS) || exit 1; \
 	done
 
 # The op tests of the CPU backend under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
@@ -29,7 +31,7 @@ test-asan: $(VENV)/build.stamp
 	rm -rf build/asan/hulukern/lib build/asan/hulukern/_C.*
 	cd build/asan && HULUKERN_CMAKE_ARGS="-DHULUKERN_ASAN=ON -DHULUKERN_CUDA=OFF" $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)" \
-	  $(abspath $(PY)) -m pytest -q tests/ops/test_ops.py -k cpu
+	  $(abspath $(PY)) -m pytest -q $(CPU_TESTS)
 
 build: $(VENV)/build.stamp
 

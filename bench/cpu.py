@@ -51,7 +51,7 @@ def main(path: Path, only: str, seconds: float) -> int:
     if not steps:
         print(f"bench: --only has {only!r}, which names no check", file=sys.stderr)
         return 2
-    keep_freed_memory()
+    kept = keep_freed_memory()
     try:
         for _, step in steps:
             known = len(suite.checks)
@@ -62,7 +62,8 @@ def main(path: Path, only: str, seconds: float) -> int:
     except Disagreement as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    write_results(path, suite.rows, suite.checks, memory=suite.memory, suite="cpu", threads=torch.get_num_threads())
+    more = {"threads": torch.get_num_threads(), "freed_memory_kept": kept, "memory": suite.memory}
+    write_results(path, suite.rows, suite.checks, suite="cpu", **more)
     print(path)
     return 0
 

@@ -31,12 +31,14 @@ def run(options: argparse.Namespace) -> int:
     from bench import report
     from bench.quick import Disagreement, Quick, read_inputs
     from bench.results import write_results, write_text
+    from bench.timing import keep_freed_memory
 
     # Where output goes to a file, rows stay whole; a terminal wraps what it cannot show.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     inputs = read_inputs(options.input, options.max_frames)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"{options.out}: has a file there, expected a folder for the results")
+    kept = keep_freed_memory()
     job = Quick(inputs, options.seconds, console)
     try:
         job.run()
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"bench quick: {error}", file=sys.stderr)
         return 1
     target = options.out / "quick.json"
-    write_results(target, job.rows, job.checks, **job.extra())
+    write_results(target, job.rows, job.checks, freed_memory_kept=kept, **job.extra())
     write_text(options.out / "report.html", report.html([target]))
     if options.picture is not None:
         report.save_picture(options.picture, job.inputs[0], job.masks)

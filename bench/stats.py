@@ -51,13 +51,23 @@ def unpaired(base: Sequence[float], head: Sequence[float], seed: int = 0) -> Rat
     """From two sets of samples, at least 5 each: fewer have no interval worth the name."""
     if min(len(base), len(head)) < 5:
         raise ValueError(f"unpaired: samples have {len(base)} and {len(head)} values, expected at least 5 each")
-    draw = random.Random(seed)
-    ratios = sorted(
-        statistics.median(draw.choices(head, k=len(head))) / statistics.median(draw.choices(base, k=len(base)))
-        for _ in range(RESAMPLES)
-    )
+    draw, base, head = random.Random(seed), sorted(base), sorted(head)
+    ratios = sorted(_resampled_median(head, draw) / _resampled_median(base, draw) for _ in range(RESAMPLES))
     value = statistics.median(head) / statistics.median(base)
     return Ratio(value, ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1], min(len(base), len(head)))
+
+
+def _resampled_median(ordered: Sequence[float], draw: random.Random) -> float:
+    """The median of as many draws with replacement, from its distribution and in no time: a draw is
+    ``ordered[int(n u)]`` for a uniform u, and the k-th smallest of n uniforms is Beta(k, n + 1 - k)."""
+    n = len(ordered)
+    k = (n + 1) // 2
+    u = draw.betavariate(k, n + 1 - k)
+    median = ordered[min(int(n * u), n - 1)]
+    if n % 2:
+        return median
+    u += (1 - u) * draw.betavariate(1, n - k)  # the smallest of the n - k uniforms above it
+    return (median + ordered[min(int(n * u), n - 1)]) / 2
 
 
 def of_intervals(base: Timing, head: Timing) -> Ratio:

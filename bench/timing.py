@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import platform
 import random
 import statistics
 import time
@@ -94,7 +95,9 @@ def interleave(
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Bytes by which a call raises this process's resident memory at its highest. Linux only."""
+    """Bytes by which a call raises this process's resident memory at its highest."""
+    if not _has_glibc():
+        raise ValueError(f"platform: has {platform.platform()}, expected Linux with glibc for a peak of memory")
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one unseen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _resident("VmRSS")
@@ -109,13 +112,18 @@ def _resident(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(field)))
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> bool:
     """Tell glibc to hand out freed memory again instead of giving it back, as PyTorch's tuning guide does with
-    jemalloc: otherwise every large result costs its page faults anew, which weigh more than the op itself."""
-    libc = ctypes.CDLL(None)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        if libc.mallopt(option, value) != 1:
-            raise OSError(f"mallopt({option}, {value}) failed")
+    jemalloc: otherwise every large result costs its page faults anew, which weigh more than the op itself. Whether
+    it could be told; results say so."""
+    if not _has_glibc():
+        return False
+    options = ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28))  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    return all(ctypes.CDLL(None).mallopt(option, value) == 1 for option, value in options)
+
+
+def _has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
 
 
 def cold_arguments(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[Arguments]:

@@ -59,6 +59,7 @@ LEVEL_PROBE = """
 import hashlib, json, torch, hulukern
 import torch.utils._pytree as pytree
 from hulukern import _C
+from hulukern.ops.patch_embed.native import patch_embed_resize
 from hulukern.testing import harness
 torch.set_num_threads({threads})
 digests = {{}}
@@ -76,12 +77,14 @@ digest = hashlib.sha256()
 for y in hulukern.patch_embed_cut(frames, dtype=torch.bfloat16, with_scores=True, backend="cpu"):
     digest.update(y.view(-1).view(torch.uint8).numpy().tobytes())
 digests["frames"] = digest.hexdigest()
+resized = [patch_embed_resize(x, 150, 210) for x in (frames, frames[..., :1])]
+digests["resize"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in resized)).hexdigest()
 print(json.dumps([_C.cpu_level(), digests]))
 """
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
-# Their products are fused multiply-adds, or products of bf16, where the level has them: a level's own bits,
-# held to the harness's tolerance like every backend (`make test-levels`).
-PER_LEVEL = ("rope_attention", "rope_attention_backward", "bias_gelu", "bias_gelu_backward")  # fused products
+# Their products are fused multiply-adds, or products of bf16, where the level has them, and GELU has a reciprocal of
+# 14 bits: a level's own bits, held to the harness's tolerance like every backend (`make test-levels`).
+PER_LEVEL = ("rope_attention", "rope_attention_backward", "bias_gelu", "bias_gelu_backward")
 
 
 def test_the_bits_depend_on_no_thread_count_and_but_for_fused_products_on_no_level() -> None:

@@ -1,6 +1,6 @@
 // Sixteen floats at a time, in the compiler's own vectors: one source for every level. AVX2 works on two
 // halves, SSE2 on four quarters, in the same order, so that sums and roundings are the same bits everywhere.
-// multiply_add is the exception: fused where the level has it. Included by per-level files only.
+// The exceptions are multiply_add, fused where the level has it, and reciprocal. Included by per-level files only.
 #pragma once
 
 #include <stdint.h>
@@ -243,10 +243,9 @@ HK_INLINE f32x16 reciprocal(f32x16 x) {
 
 // 2^x for x <= 0 or small: the nearest integer goes into the exponent, 2^rest is a polynomial of minimax
 // coefficients. Relative error 3e-9 (degree 6) or 1e-4 (degree 3), and fp32 rounding. Below -126 it stays at
-// 2^-126, above 127 it is wrong. NaN stays NaN. `fused` is faster, and another result without FMA.
-template <int degree, bool fused = true>
+// 2^-126, above 127 it is wrong. NaN stays NaN.
+template <int degree>
 HK_INLINE f32x16 exp2(f32x16 x) {
-  const auto multiply_add = [](f32x16 a, f32x16 b, f32x16 c) { return fused ? ::multiply_add(a, b, c) : a * b + c; };
   x = larger(splat(-126.0f), x);
   const f32x16 shifted = x + 0x1.8p23f;
   const f32x16 rest = x - (shifted - 0x1.8p23f);

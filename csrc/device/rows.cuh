@@ -64,6 +64,39 @@ __device__ __forceinline__ void load_vector(float (&out)[kPackElements<kDtype, k
   }
 }
 
+// --- column sums, first stage -----------------------------------------------------------------------
+
+// Calls body(pack, slot) for a thread's packs of a row: slot s is always the same pack, so that its sums stay in
+// registers. Rows of more than kSlots packs a thread have kSlots = 0: one slot, whose sums nobody stores.
+template <int kSlots, int kThreads, class Body>
+__device__ __forceinline__ void each_slot(int packs, const Body& body) {
+  const int thread = threadIdx.x;
+  if constexpr (kSlots > 0) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+      if (thread + s * kThreads < packs) body(thread + s * kThreads, s);
+  } else {
+    for (int i = thread; i < packs; i += kThreads) body(i, 0);
+  }
+}
+
+// A block's sums for weight and bias to its place in partial [B, 2, E].
+template <int kThreads, int kSlots, int kN>
+__device__ __forceinline__ void store_column_sums(float* partial, int E, const float (&of_weight)[kSlots][kN],
+                                                  const float (&of_bias)[kSlots][kN]) {
+  float* to = partial + static_cast<int64_t>(blockIdx.x) * 2 * E;
+  const int thread = threadIdx.x;
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s)
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      const int e = (thread + s * kThreads) * kN + k;
+      if (e >= E) continue;
+      store_value(to + e, of_weight[s][k]);
+      store_value(to + E + e, of_bias[s][k]);
+    }
+}
+
 // --- column sums, second stage ----------------------------------------------------------------------
 
 constexpr int kColumnWarps = 8;

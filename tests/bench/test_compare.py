@@ -9,6 +9,7 @@ import random
 import statistics
 import subprocess
 import sys
+from bisect import bisect_right
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,7 +19,7 @@ from bench import gate
 from bench.__main__ import main
 from bench.compare import compare, load
 from bench.results import row, write_results
-from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, of_intervals, paired, unpaired
+from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, _resampled_median, of_intervals, paired, unpaired
 from bench.timing import Timing, summarize
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,19 @@ def test_intervals_cover_what_they_claim() -> None:
         r = paired(base, head)
         inside += r.low <= 1.05 <= r.high
     assert inside / 300 >= 0.93
+
+
+@pytest.mark.parametrize("n", [5, 6, 20])
+def test_medians_are_resampled_as_by_drawing(n: int) -> None:
+    draw = random.Random(n)
+    values = sorted(draw.lognormvariate(0, 1) for _ in range(n))
+    times = 20_000
+    drawn = sorted(statistics.median(draw.choices(values, k=n)) for _ in range(times))
+    short = sorted(_resampled_median(values, draw) for _ in range(times))
+    # Kolmogorov and Smirnov's distance of two samples, one in a million by chance.
+    at = sorted(set(drawn))
+    distance = max(abs(bisect_right(drawn, x) - bisect_right(short, x)) / times for x in at)
+    assert distance < 2.7 * (2 / times) ** 0.5
 
 
 def test_unpaired_ratios_and_intervals() -> None:

@@ -3,7 +3,7 @@
 //
 // Backward: a block owns a stretch of rows, thread p the columns of packs p, p + kThreads, ..; row by row it
 // makes the two row sums, then grad_x, and adds up grad_weight and grad_bias in registers. Two launches of
-// sum_columns finish those. Rows too long for that (kSlots packs a thread) take add_columns as a second pass.
+// sum_columns finish those. Rows too long for that (kSlots packs a thread) take layer_norm_columns as a second pass.
 #pragma once
 
 #include "device/rows.cuh"
@@ -96,7 +96,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) layer_norm_backward(const
   using Group = RowGroup<kBackwardWarps>;
   constexpr int kN = kPackElements<kDtype, kBytes>, kKept = kSlots > 0 ? kSlots : 1;
   __shared__ SharedArray<float, 2 * kBackwardWarps> first_array, second_array;
-  const int thread = threadIdx.x;
   const Shared<float> first = first_array.view(), second = second_array.view();
   const int begin = blockIdx.x * walk.stretch;
   const int end = walk.N - begin < walk.stretch ? walk.N : begin + walk.stretch;
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) layer_norm_backward(const
     const int turn = (row - begin) % 2;
     sum = Group::sum(sum, first, turn) * walk.share;
     product = Group::sum(product, second, turn) * walk.share;
-    const auto finish = [&](int i, float (&to_weight)[kN], float (&to_bias)[kN]) {
+    const auto finish = [&](int i, int slot) {
       load_row<kDtype, kBytes>(g, grad, i);
       load_row<kDtype, kBytes>(v, summed, i);
       load_vector<kDtype, kBytes>(w, walk.weight, walk.weight_dtype, i);
@@ -130,31 +129,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) layer_norm_backward(const
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
         const float normed = (v[k] - mean) * rstd;
-        to_weight[k] = fmaf(g[k], normed, to_weight[k]);
-        to_bias[k] += g[k];
+        of_weight[slot][k] = fmaf(g[k], normed, of_weight[slot][k]);
+        of_bias[slot][k] += g[k];
         v[k] = fmaf(rstd, g[k] * w[k] - sum - normed * product, other[k]);
       }
       store_row<kDtype, kBytes>(walk.grad_x + row * walk.grad_x_row, i, v);
     };
-    if constexpr (kSlots > 0) {
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s)
-        if (thread + s * kBackwardThreads < walk.packs) finish(thread + s * kBackwardThreads, of_weight[s], of_bias[s]);
-    } else {
-      for (int i = threadIdx.x; i < walk.packs; i += kBackwardThreads) finish(i, of_weight[0], of_bias[0]);
-    }
+    each_slot<kSlots, kBackwardThreads>(walk.packs, finish);
   }
   if constexpr (kSlots > 0) {
-    float* to = walk.partial + static_cast<int64_t>(blockIdx.x) * 2 * walk.E;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s)
-#pragma unroll
-      for (int k = 0; k < kN; ++k) {
-        const int e = (thread + s * kBackwardThreads) * kN + k;
-        if (e >= walk.E) continue;
-        store_value(to + e, of_weight[s][k]);
-        store_value(to + walk.E + e, of_bias[s][k]);
-      }
+    store_column_sums<kBackwardThreads>(walk.partial, walk.E, of_weight, of_bias);
   }
 }
 

@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(kMergeThreads, 1) spatial_merge_backward(const
   using Group = RowGroup<kMergeWarps>;
   constexpr int kN = kPackElements<kDtype, kBytes>, kKept = kSlots > 0 ? kSlots : 1;
   __shared__ SharedArray<float, 2 * kMergeWarps> sum_array, product_array;
-  const int thread = threadIdx.x;
   const Shared<float> sums = sum_array.view(), products = product_array.view();
   const int begin = blockIdx.x * walk.stretch;
   const int end = walk.K - begin < walk.stretch ? walk.K : begin + walk.stretch;
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) spatial_merge_backward(const
         product = Group::sum(product, products, turn) * walk.of_row;
         turn ^= 1;
       }
-      const auto finish = [&](int i, float (&to_weight)[kN], float (&to_bias)[kN]) {
+      const auto finish = [&](int i, int slot) {
         load_row<kDtype, kBytes>(g, grad, i);
         if (walk.weight == nullptr) {
 #pragma unroll
@@ -151,34 +150,19 @@ __global__ void __launch_bounds__(kMergeThreads, 1) spatial_merge_backward(const
 #pragma unroll
           for (int k = 0; k < kN; ++k) {
             const float normed = (v[k] - mean) * rstd;
-            to_weight[k] = fmaf(g[k] * share, normed, to_weight[k]);
-            to_bias[k] = fmaf(g[k], share, to_bias[k]);
+            of_weight[slot][k] = fmaf(g[k] * share, normed, of_weight[slot][k]);
+            of_bias[slot][k] = fmaf(g[k], share, of_bias[slot][k]);
             v[k] = rstd * share * (g[k] * w[k] - sum - normed * product);
           }
         }
         store_row<kDtype, kBytes>(walk.grad_x + (first + r) * walk.grad_x_row, i, v);
       };
-      if constexpr (kSlots > 0) {
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s)
-          if (thread + s * kMergeThreads < walk.packs) finish(thread + s * kMergeThreads, of_weight[s], of_bias[s]);
-      } else {
-        for (int i = threadIdx.x; i < walk.packs; i += kMergeThreads) finish(i, of_weight[0], of_bias[0]);
-      }
+      each_slot<kSlots, kMergeThreads>(walk.packs, finish);
     }
   }
   if constexpr (kSlots > 0) {
     if (walk.partial == nullptr) return;
-    float* to = walk.partial + static_cast<int64_t>(blockIdx.x) * 2 * walk.E;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s)
-#pragma unroll
-      for (int k = 0; k < kN; ++k) {
-        const int e = (thread + s * kMergeThreads) * kN + k;
-        if (e >= walk.E) continue;
-        store_value(to + e, of_weight[s][k]);
-        store_value(to + walk.E + e, of_bias[s][k]);
-      }
+    store_column_sums<kMergeThreads>(walk.partial, walk.E, of_weight, of_bias);
   }
 }
 

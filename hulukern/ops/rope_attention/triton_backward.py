@@ -22,8 +22,8 @@ from hulukern.ops.rope_attention.triton_kernels import (
     LOG2_E,
     columns,
     inner_dense,
-    keys,
     logits,
+    rotated_tile,
     tuned_as,
 )
 from hulukern.ops.rope_attention.triton_rotary import (
@@ -95,11 +95,8 @@ def _dq_step(
     MASKED: tl.constexpr,
 ):
     """One tile of keys."""
-    ROW: tl.constexpr = 2 * W + 2 * P
     m_key = tl.arange(0, BLOCK_K) < n_keys
-    k_a = keys(p_k, m_key, 0, W, ROW, BLOCK_K, MASKED)
-    k_b = keys(p_k, m_key, W, W, ROW, BLOCK_K, MASKED)
-    k_t = keys(p_k, m_key, 2 * W, 2 * P, ROW, BLOCK_K, MASKED) if P else k_a
+    k_a, k_b, k_t = rotated_tile(p_k, m_key, W, P, BLOCK_K, MASKED)
     p = tl.exp2(logits(q_a, q_b, q_t, k_a, k_b, k_t, P, PRECISION) * scale_log2 - b_lse2[:, None])
     if MASKED:
         p = tl.where(m_key[None, :], p, 0.0)
@@ -252,12 +249,9 @@ def _dkv_step(
     MASKED: tl.constexpr,
 ):
     """One tile of queries; everything is transposed, [K, Q]."""
-    ROW: tl.constexpr = 2 * W + 2 * P
     b_at = tl.arange(0, BLOCK_Q)
     m_row = b_at < n_rows
-    q_a = keys(p_q, m_row, 0, W, ROW, BLOCK_Q, MASKED)
-    q_b = keys(p_q, m_row, W, W, ROW, BLOCK_Q, MASKED)
-    q_t = keys(p_q, m_row, 2 * W, 2 * P, ROW, BLOCK_Q, MASKED) if P else q_a
+    q_a, q_b, q_t = rotated_tile(p_q, m_row, W, P, BLOCK_Q, MASKED)
     # A row past the end gets an infinite log-sum-exp, hence p = 0.
     b_lse2 = tl.load(p_lse + b_at, mask=m_row, other=float("inf")) * 1.4426950408889634
     b_delta = tl.load(p_delta + b_at, mask=m_row, other=0.0)
@@ -329,9 +323,7 @@ def rope_attention_dkdv_kernel(
     m_key = b_key < key_end
 
     p_k = k + (i_head * Nk + first) * ROW
-    k_a = keys(p_k, m_key, 0, W, ROW, BLOCK_K, True)
-    k_b = keys(p_k, m_key, W, W, ROW, BLOCK_K, True)
-    k_t = keys(p_k, m_key, 2 * W, 2 * P, ROW, BLOCK_K, True) if P else k_a
+    k_a, k_b, k_t = rotated_tile(p_k, m_key, W, P, BLOCK_K, True)
     p_v = v + (first * stride_v + i_head * stride_v_head) * UNIT
     b_v = columns(p_v, m_key, stride_v * UNIT, 0, MAIN, MAIN, BLOCK_K, True)
     v_tail = columns(p_v, m_key, stride_v * UNIT, MAIN, TAIL, TAIL_REAL, BLOCK_K, True) if TAIL else b_v

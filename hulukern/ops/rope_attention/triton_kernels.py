@@ -49,9 +49,9 @@ def split_of(D: int, arch: int) -> dict[str, int]:
 
 
 @triton.jit
-def keys(
-    p_k,  # the tile's first rotated row
-    m_key,  # [K]
+def _rotated_columns(
+    p_x,  # the tile's first rotated row
+    m_row,  # [B]
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     ROW: tl.constexpr,
@@ -59,8 +59,18 @@ def keys(
     MASKED: tl.constexpr,
 ):
     """Columns FIRST to FIRST + WIDTH of BLOCK rotated rows, zeros past the last."""
-    p = p_k + tl.arange(0, BLOCK)[:, None] * ROW + FIRST + tl.arange(0, WIDTH)[None, :]
-    return tl.load(p, mask=m_key[:, None], other=0) if MASKED else tl.load(p)
+    p = p_x + tl.arange(0, BLOCK)[:, None] * ROW + FIRST + tl.arange(0, WIDTH)[None, :]
+    return tl.load(p, mask=m_row[:, None], other=0) if MASKED else tl.load(p)
+
+
+@triton.jit
+def rotated_tile(p_x, m_row, W: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """BLOCK rotated rows of queries or keys as the operands of ``logits``; the third says nothing without P."""
+    ROW: tl.constexpr = 2 * W + 2 * P
+    x_a = _rotated_columns(p_x, m_row, 0, W, ROW, BLOCK, MASKED)
+    x_b = _rotated_columns(p_x, m_row, W, W, ROW, BLOCK, MASKED)
+    x_t = _rotated_columns(p_x, m_row, 2 * W, 2 * P, ROW, BLOCK, MASKED) if P else x_a
+    return x_a, x_b, x_t
 
 
 @triton.jit
@@ -117,11 +127,8 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """One tile of keys."""
-    ROW: tl.constexpr = 2 * W + 2 * P
     m_key = tl.arange(0, BLOCK_K) < n_keys
-    k_a = keys(p_k, m_key, 0, W, ROW, BLOCK_K, MASKED)
-    k_b = keys(p_k, m_key, W, W, ROW, BLOCK_K, MASKED)
-    k_t = keys(p_k, m_key, 2 * W, 2 * P, ROW, BLOCK_K, MASKED) if P else k_a
+    k_a, k_b, k_t = rotated_tile(p_k, m_key, W, P, BLOCK_K, MASKED)
     s = logits(q_a, q_b, q_t, k_a, k_b, k_t, P, PRECISION)
     if MASKED:
         s = tl.where(m_key[None, :], s, -float("inf"))
