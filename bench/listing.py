@@ -1,4 +1,4 @@
-"""What can be measured here: ops, cases, bytes, FLOPs, and which backends run or why not."""
+"""What can be measured here: ops, cases, bytes, FLOPs, which backends and peers run, or why not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import hulukern
+from bench.baselines import BASELINES
 from hulukern.backends import BACKENDS, runs_on, unavailable
 from hulukern.spec import Op
 from hulukern.testing import harness
@@ -27,12 +28,13 @@ def entries(ops: list[str]) -> Iterator[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ops or list(hulukern.OPS):
         op = hulukern.OPS[name].spec
-        dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+        dtype = op.main_dtype
         for case in op.perf_cases:
             cost = op.cost(harness.sample(op, case, dtype, "cpu"))
             yield {
                 "op": name, "case": case.name, "dtype": dtype_name(dtype), "bytes": cost.bytes, "flops": cost.flops,
                 "backends": {b: why_not(op, b, device) or "runs" for b in BACKENDS},
+                "peers": {p.name: p.absent(device) or "runs" for p in BASELINES if name in p.ops},
             }  # fmt: skip
 
 
@@ -54,10 +56,10 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return 0
     for e in found:
-        runs = ", ".join(b for b, state in e["backends"].items() if state == "runs")
+        runs, peers = (", ".join(n for n, state in e[k].items() if state == "runs") for k in ("backends", "peers"))
         size = f"{e['bytes'] / 1e6:9.2f} MB {e['flops'] / 1e9:10.3f} GFLOP"
-        print(f"{e['op']:<26} {e['case']:<24} {e['dtype']:<10} {size}  {runs}")
-    reasons = {f"{b}: {state}" for e in found for b, state in e["backends"].items() if state != "runs"}
-    for reason in sorted(reasons):
+        print(f"{e['op']:<26} {e['case']:<24} {e['dtype']:<10} {size}  {runs} against {peers or 'nobody'}")
+    states = [item for e in found for k in ("backends", "peers") for item in e[k].items()]
+    for reason in sorted({f"{name}: {state}" for name, state in states if state != "runs"}):
         print(f"  {reason}")
     return 0

@@ -18,6 +18,7 @@ exit codes: 0 done, 1 implementations disagree, 2 bad input or arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", action="append", default=[], metavar="FILE", help="a file or folder of your own")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), metavar="DIR", help="default: bench/out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: quick.json in it")
     parser.add_argument("--seconds", type=float, default=24.0, help="measuring time, about (default: 24)")
     parser.add_argument("--max-frames", type=int, default=64, help="of one input, evenly chosen (default: 64)")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="also write one contact sheet")
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     except Disagreement as error:
         print(f"bench quick: {error}", file=sys.stderr)
         return 1
-    target = options.out / "quick.json"
+    target = options.json or options.out / "quick.json"
     write_results(target, job.rows, job.checks, freed_memory_kept=kept, **job.extra())
     write_text(options.out / "report.html", report.html([target]))
     if options.picture is not None:

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     reason = why_not(op, backend, device)
     if reason:
         raise ValueError(f"{op.name}: backend {backend!r} cannot run: {reason}")
-    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    dtype = op.main_dtype
     arguments = harness.sample(op, case, dtype, device)
     for _ in range(3):
         harness.call(op, arguments, backend)
@@ -101,8 +101,8 @@ def _ncu(options: argparse.Namespace, case: str, backend: str) -> str:
     code = (
         "import torch; from hulukern.testing import harness; import hulukern; "
         f"op = hulukern.OPS[{options.op!r}].spec; case = next(c for c in op.perf_cases if c.name == {case!r}); "
-        "dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]; "
-        f"a = harness.sample(op, case, dtype, 'cuda'); harness.call(op, a, {backend!r}); torch.cuda.synchronize()"
+        "a = harness.sample(op, case, op.main_dtype, 'cuda'); "
+        f"harness.call(op, a, {backend!r}); torch.cuda.synchronize()"
     )
     sections = [x for s in NCU_SECTIONS for x in ("--section", s)]
     done = subprocess.run([tool, *sections, sys.executable, "-c", code], capture_output=True, text=True, check=False)

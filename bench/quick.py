@@ -211,7 +211,7 @@ class Quick:
         """Every backend that runs here, and the plain formulation, on the first performance case."""
         op = hulukern.OPS[name].spec
         case = op.perf_cases[0]
-        dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+        dtype = op.main_dtype
         arguments = sample(op, case, dtype, "cpu")
         runs: dict[str, Callable[[], Any]] = {b: (lambda b=b: call(op, arguments, b)) for b in BACKENDS}  # type: ignore[misc]
         if op.plain is not None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -53,6 +54,21 @@ def meta() -> dict[str, Any]:
         "native": env["native"],
         "gpu": env["gpu"],
     }
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks, power and reasons for throttling as nvidia-smi has them; empty without a GPU."""
+    fields = (
+        "timestamp,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,"
+        "clocks_throttle_reasons.active"
+    )
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = done.stdout.splitlines()[0].split(", ") if done.returncode == 0 and done.stdout else []
+    return dict(zip(fields.split(","), values, strict=False))
 
 
 def stored_path(suite: str) -> Path:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from bench.results import check
 from bench.timing import interleave, interleave_cuda
 from hulukern.backends import BACKENDS
 from hulukern.validation import dtype_name
 
 OURS = tuple(b for b in BACKENDS if b != "reference")
+COPY_TARGET = 0.85  # of a memory-bound kernel on a GPU
 MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -115,6 +117,16 @@ def annotate(
                 "gap_closed": (best - r["median_s"]) / gap if best and gap > 0 else None,
             }
         )
+    return found
+
+
+def checks(rows: Sequence[Mapping[str, Any]], measured: Ceilings) -> list[dict[str, Any]]:
+    """The share of the measured copy bandwidth that each memory-bound kernel of ours reaches."""
+    found = []
+    for r in (r for r in rows if r["impl"] in OURS and r["bytes"] and r["flops"] < 20 * r["bytes"]):
+        name = f"copy_fraction_{r['op']}_{r['case']}_{r['dtype']}_{r['direction']}_{r['impl']}"
+        share, low, high = (r["bytes"] / r[k] / measured.bytes_per_s for k in ("median_s", "high_s", "low_s"))
+        found.append(check(name, share, low, high, COPY_TARGET))
     return found
 
 

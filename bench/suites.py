@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("op", "case", "dtype", "backend"):
         parser.add_argument(f"--{name}", action="append", default=[], help="ops: only this; may be repeated")
     parser.add_argument("--baseline", action="append", default=[], help="ops: only this peer; none for none")
+    parser.add_argument("--warm", action="store_true", help="ops: a GPU's caches may hold the inputs")
     parser.add_argument("--resume", action="store_true", help="ops: go on with the file of an interrupted run")
 
 
@@ -40,17 +41,17 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--seconds: has {seconds}, expected above 0")
     path = options.json or stored_path(options.suite)
     filters = (options.op, options.case, options.dtype, options.backend, options.baseline)
-    if options.suite != "ops" and (any(filters) or options.resume):
-        raise ValueError(f"--suite: has {options.suite!r}, expected ops with --op … --baseline and --resume")
+    if options.suite != "ops" and (any(filters) or options.resume or options.warm):
+        raise ValueError(f"--suite: has {options.suite!r}, expected ops with --op … --baseline, --warm and --resume")
     if options.suite == "ops":
         from bench import ops
 
-        return ops.main(path, ops.Filter(*filters), seconds, options.resume)
+        return ops.main(path, ops.Filter(*filters), seconds, options.resume, options.warm)
     if options.suite == "cpu":
         from bench import cpu
 
         return cpu.main(path, options.only, seconds)
     from bench.__main__ import main
 
-    where = ["--out", str(path.parent)] if options.suite == "quick" else ["--json", str(path)]
+    where = ["--json", str(path), *(["--out", str(path.parent)] if options.suite == "quick" else [])]
     return main([options.suite, *where, "--seconds", str(seconds)])

@@ -23,8 +23,8 @@ import torch
 
 import hulukern
 from bench.results import row, write_results, write_text
-from bench.timing import Rounds, cold_arguments, interleave_cuda
-from hulukern.spec import Case, Op
+from bench.timing import Rounds, interleave_cuda, n_cold
+from hulukern.spec import Arguments, Case, Op
 from hulukern.testing import harness, offline
 from hulukern.tuning import ARCHITECTURES, MEASURED, TABLE, Row, candidates, read_rows, trial
 from hulukern.validation import dtype_name
@@ -70,7 +70,7 @@ def find_jobs(ops: list[str], device: str) -> Iterator[Job]:
         op = registered.spec
         if "triton" not in op.backends or (ops and name not in ops):
             continue
-        main = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+        main = op.main_dtype
         for dtype in dict.fromkeys((main, torch.float32)):
             if dtype not in op.dtypes:
                 continue
@@ -138,11 +138,17 @@ def _call(job: Job, chosen: Row, sets: list[dict[str, Any]], k: int) -> Any:
         return harness.call(job.op, sets[k], "triton")
 
 
+def _cold(job: Job, case: Case, device: str) -> list[Arguments]:
+    sample = functools.partial(harness.sample, job.op, case, job.dtype, device)
+    first = sample()
+    return [first] + [sample(seed=k) for k in range(1, n_cold(job.op.cost(first).bytes, device))]
+
+
 def sweep_kernel(job: Job, device: str, timer: Timer) -> dict[str, Any]:
     """All candidates of one kernel: rows of results, what was refused and why, and the choice."""
     current = TABLE[job.kernel][job.architecture]
     known = {c.label: c for c in (current, *candidates(job.kernel), *neighbours(current))}
-    sets_of = [cold_arguments(job.op, case, job.dtype, device) for case in job.cases]
+    sets_of = [_cold(job, case, device) for case in job.cases]
     firsts = [sets[0] for sets in sets_of]
     reasons = {label: refused(job, chosen, device, firsts) for label, chosen in known.items()}
     running = {label: chosen for label, chosen in known.items() if not reasons[label]}

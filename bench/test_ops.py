@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def calls() -> Iterator[Any]:
     for name, registered in hulukern.OPS.items():
         op = registered.spec
-        dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+        dtype = op.main_dtype
         for case in op.perf_cases:
             for backend in (b for b in BACKENDS if b in op.backends and b != "reference"):
                 reason = unavailable(backend)

@@ -20,9 +20,6 @@ from typing import Any
 
 import torch
 
-from hulukern.spec import Arguments, Case, Op
-from hulukern.testing import harness
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -126,14 +123,12 @@ def _has_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
 
 
-def cold_arguments(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[Arguments]:
-    """Argument sets to be rotated, together larger than a GPU's last-level cache; one on a CPU."""
-    first = harness.sample(op, case, dtype, device)
-    sets = 1
-    if device == "cuda":
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        sets = min(16, 1 + 2 * cache // max(op.cost(first).bytes, 1))
-    return [first] + [harness.sample(op, case, dtype, device, seed=s) for s in range(1, sets)]
+def n_cold(n_bytes: int, device: str) -> int:
+    """Argument sets of ``n_bytes`` that together exceed a GPU's last-level cache twice; 1 on a CPU."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(16, 1 + 2 * cache // max(n_bytes, 1))
 
 
 # Cycles a GPU spins before a timed call, so that the host is done launching when the clock starts: 100 us

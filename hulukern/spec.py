@@ -101,6 +101,11 @@ class Op:
         """The dtypes of the argument that names the case's dtype."""
         return self.tensor(self.dtype_of).dtypes
 
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """What is measured where one has to do: bfloat16, as the model runs, and where there is none the first."""
+        return torch.bfloat16 if torch.bfloat16 in self.dtypes else self.dtypes[0]
+
     def tensor(self, name: str) -> TensorArg:
         return next(t for t in self.tensors if t.name == name)
 

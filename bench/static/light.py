@@ -6,8 +6,6 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 import hulukern
 from bench.static.machine_code import remembered
 from hulukern.testing import harness
@@ -54,7 +52,7 @@ def time_us(op: str, dtype: str, architecture: int) -> float | None:
 def _cost(name: str, dtype: str) -> tuple[int, int, str]:
     registered = hulukern.OPS[name]
     op = registered.spec
-    default = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    default = op.main_dtype
     chosen = next((d for d in op.dtypes if dtype_name(d) == dtype), default)
 
     def count() -> tuple[int, int]:

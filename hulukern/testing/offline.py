@@ -89,7 +89,7 @@ class OfflineDriver:
 
 def cases(op: Op, brief: bool = False) -> Iterator[tuple[Case, torch.dtype]]:
     """Brief is one dtype a case, bf16 where there is a choice."""
-    main = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    main = op.main_dtype
     for case, only in ((op.cases[0], None), *MORE.get(op.name, ())):
         for dtype in op.dtypes:
             if only in (None, dtype) and not (brief and dtype != main):

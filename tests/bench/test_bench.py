@@ -121,7 +121,9 @@ def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     data = load_results(tmp_path / "device.json")
     found = {(r["op"], r["direction"], r["impl"]) for r in data["rows"]}
     assert {("token_score", "fwd", "cpu"), ("patch_embed", "bwd", "cpu"), ("patch_embed", "fwd", "torch")} <= found
-    assert "of copy" in done.stdout
+    assert data["complete"]
+    assert data["failures"] == []
+    assert "of light" in done.stdout
     from bench.device import smallest_of_each
 
     smallest_of_each("cpu")

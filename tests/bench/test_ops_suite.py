@@ -81,6 +81,24 @@ def test_cheats_are_found(cheat: Callable[[], Any], says: str) -> None:
     assert says in reasons["cheat"]
 
 
+def test_a_peer_that_computes_something_else_is_found() -> None:
+    attention = hulukern.OPS["rope_attention"].spec
+    group = ops.Group("rope_attention", "16x256_d72", "bfloat16", "fwd")
+    peer = ops.BASELINES[0].prepare(attention, {})
+
+    def scaled(a: Arguments) -> Any:
+        return peer(a | {"scale": 1.5 * a["scale"]})
+
+    def unrotated(a: Arguments) -> Any:
+        return peer(a | {"positions_q": torch.zeros_like(a["positions_q"])})
+
+    reasons: dict[str, str] = {}
+    found = [ops.Contender(n, attention, "fwd", run) for n, run in (("good", peer), ("a", scaled), ("b", unrotated))]
+    rows = ops.measure(group, found, "cpu", 0.01, reasons)
+    assert [r["impl"] for r in rows] == ["good"]
+    assert all(reasons[name].startswith("wrong: before timing") for name in "ab"), reasons
+
+
 def test_an_interrupted_run_is_whole_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "o.json"
     wanted = ops.Filter(ops=["token_score_frames"], dtypes=["uint8", "int16"], backends=["cpu"], baselines=["torch"])
