@@ -122,9 +122,11 @@ def _eager(op: Op) -> Run:
 
 
 class Baseline:
-    """A peer. ``ops``: what it can do. ``prepare`` may raise, and then was absent for those arguments."""
+    """A peer. ``ops``: what it can do. ``prepare`` may raise, and then was absent for those arguments. ``compiles``:
+    whether its first call takes long."""
 
     name: str
+    compiles = False
     ops: tuple[str, ...] = ("rope_attention",)
 
     def absent(self, device: str) -> str:
@@ -153,6 +155,7 @@ class Compiled(Baseline):
     """torch.compile of the same, for these shapes. Gradients come from differentiating the compiled forward."""
 
     name = "torch.compile"
+    compiles = True
     ops = tuple(name for name in Torch.ops if not name.endswith("_backward"))
 
     def absent(self, device: str) -> str:
@@ -216,6 +219,7 @@ class Sdpa(Baseline):
 
 class Flex(Baseline):
     name = "flex"
+    compiles = True
 
     def absent(self, device: str) -> str:
         return Compiled().absent(device)

@@ -41,7 +41,7 @@ exit codes: 0 done, 1 a test, the sanitizer or an op failed (the JSON is written
 """
 # Seconds from the start by which a stage ends or begins nothing more. Tests and sanitizer share theirs; building for
 # one architecture comes before (a minute), and a group or kernel that has begun takes up to half a minute more.
-CHECKS_UNTIL_S, OPS_UNTIL_S, E2E_S, SWEEP_UNTIL_S = 150.0, 300.0, 30.0, 380.0
+CHECKS_UNTIL_S, OPS_UNTIL_S, E2E_S, SWEEP_UNTIL_S = 140.0, 320.0, 30.0, 390.0
 
 
 def smallest_of_each(device: str) -> None:
@@ -108,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=default, help="folder for the results (default: $OUT)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal")
     parser.add_argument("--op", action="append", default=[], help="time these ops only", choices=list(hulukern.OPS))
+    parser.add_argument("--baseline", action="append", default=[], help="only this peer; none for none")
     parser.add_argument("--seconds", type=float, default=0.4, help="measuring a group of suite ops (default: 0.4)")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-sanitizer", action="store_true")
@@ -129,7 +130,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
 
     cuda, out = options.device == "cuda", options.out
-    suite = ops.Suite(out / "device.json", ops.Filter(ops=options.op), options.device)
+    wanted = ops.Filter(ops=options.op, baselines=options.baseline)
+    wanted.check()
+    suite = ops.Suite(out / "device.json", wanted, options.device)
     with ThreadPoolExecutor() as pool:
         stages = {}
         if not options.no_tests:

@@ -38,6 +38,7 @@ TOLERANCE_16, TOLERANCE_PEERS = 0.03, 0.1
 FRESH = 2  # calls on inputs never seen
 CACHED = 4.0  # times the median: more on fresh inputs than noise explains
 CACHED_FLOOR_S = 2e-3  # and by at least this: a scheduler's slice is no cache
+PATIENCE_S = 2.0  # with one call of a peer; a convolution's backward in fp16 takes a CPU half a minute
 SAVE_EVERY_S = 10.0
 # What the suite itself writes into a file.
 OWN = ("meta", "rows", "checks", "suite", "device", "warm", "complete", "reasons", "gpu_states", "ceilings", "roofline")
@@ -176,9 +177,10 @@ def measure(
         if c.ours:
             _strict(op.name, dtype, c.name, device, group.direction)
         c.take(arguments)
-        for k in range(len(arguments)):
-            c.call(k)
+        quickest = min(_seconds(functools.partial(c.call, k), device) for k in range(len(arguments)))
         c.check(expected, exact, "before timing")
+        if not c.ours and quickest > PATIENCE_S:
+            reasons[c.name] = f"absent: one call takes {quickest:.0f} s, more than {PATIENCE_S:g} are not waited for"
 
     attempt(correct_first)
     timed = [c for c in contenders if c.name not in reasons]
@@ -196,11 +198,7 @@ def measure(
 
         def fresh(c: Contender, new: Arguments = new, correct: list[Any] = correct) -> None:
             c.take([new])
-            start = time.perf_counter()
-            c.call(0)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            quickest[c.name] = min(quickest[c.name], time.perf_counter() - start)
+            quickest[c.name] = min(quickest[c.name], _seconds(lambda: c.call(0), device))
             c.check(correct, exact, "on fresh inputs")
 
         attempt(fresh)
@@ -210,6 +208,14 @@ def measure(
             reasons[c.name] = f"wrong: fresh inputs take {quickest[c.name] / t.median:.0f} times the median: cached"
     where = (group.op, group.case, group.dtype, group.direction)
     return [row(*where, c.name, rounds.timing(c.name), *cost) for c in timed if c.name not in reasons]
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def contenders(group: Group, wanted: Filter, device: str, reasons: dict[str, str]) -> list[Contender]:
@@ -225,6 +231,8 @@ def contenders(group: Group, wanted: Filter, device: str, reasons: dict[str, str
     for peer in BASELINES:
         if op.name in peer.ops and (not wanted.baselines or peer.name in wanted.baselines):
             reason = peer.absent(device)
+            if peer.compiles and group.dtype != dtype_name(op.main_dtype) and not wanted.baselines:
+                reason = "compiles some 10 s a case: in the main dtype only, unless --baseline asks for it"
             if reason:
                 reasons[peer.name] = f"absent: {reason}"
             else:

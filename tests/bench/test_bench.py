@@ -115,8 +115,8 @@ def test_device_run_without_a_gpu_says_so() -> None:
 
 
 def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
-    arguments = ("--device", "cpu", "--no-tests", "--seconds", "0.01", "--op", "token_score", "--op", "patch_embed")
-    done = bench("device", *arguments, OUT=str(tmp_path))
+    quick = ("--no-tests", "--seconds", "0.01", "--baseline", "torch")
+    done = bench("device", "--device", "cpu", *quick, "--op", "token_score", "--op", "patch_embed", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     data = load_results(tmp_path / "device.json")
     found = {(r["op"], r["direction"], r["impl"]) for r in data["rows"]}
