@@ -1,8 +1,9 @@
 """Compare two result files: ours, or any project's pytest-benchmark JSON.
 
 A ratio is head / base, above 1 is slower. A verdict needs a whole 95 % interval on one side of the threshold.
-Two files were not measured in turns, so a drift of the machine between them is in the ratio; `gate` measures both
-builds in turns and is what CI should trust.
+Two files were not measured in turns, so a drift of the machine between them is in the ratio. CI should trust what was:
+at least 6 pairs of files, base head base head …, whose ratios of medians give the interval, or `gate`, which does so
+with builds of this library.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from typing import Any
 from xml.etree import ElementTree
 
 from bench.results import load_results, write_text
-from bench.stats import AMBIGUOUS, SLOWER, Ratio, of_intervals, unpaired
+from bench.stats import AMBIGUOUS, SLOWER, Ratio, of_intervals, paired, unpaired
 from bench.timing import Timing
 
 EXAMPLES = """examples:
   python -m bench compare base.json head.json
   python -m bench compare base.json head.json --threshold 0.05 --markdown pr.md --junit junit.xml
+  python -m bench compare base-1.json head-1.json base-2.json head-2.json …       6 pairs or more, measured in turns
   pytest --benchmark-json head.json && python -m bench compare base.json head.json    any project's
 
 exit codes: 0 none slower, 1 some slower, 2 cannot judge: ambiguous, other devices, nothing in common, bad files
 """
 THRESHOLD = 0.03
+MIN_PAIRS = 6  # of files: the fewest whose smallest and largest ratio hold the median with 95 %
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,26 @@ def compare(base: Run, head: Run, threshold: float) -> list[Finding]:
     return found
 
 
+def compare_pairs(runs: Sequence[tuple[Run, Run]], threshold: float) -> list[Finding]:
+    """Every measurement that all have, from the ratios of medians within each pair of runs, taken in turns.
+
+    Raises:
+        ValueError: as :func:`compare`, and for fewer than 6 pairs.
+    """
+    if len(runs) < MIN_PAIRS:
+        raise ValueError(f"files: have {len(runs)} pairs of base and head, expected 1 or at least {MIN_PAIRS}")
+    common = [{f.name for f in compare(base, head, threshold)} for base, head in runs]
+    names = [name for name in runs[0][1].measurements if all(name in found for found in common)]
+    if not names:
+        raise ValueError(f"{runs[0][1].source}: has no measurement that all files have, expected some in common")
+    found = []
+    for name in names:
+        medians = [[run.measurements[name].timing.median for run in pair] for pair in runs]
+        ratio = paired(*([pair[side] for pair in medians] for side in (0, 1)))
+        found.append(Finding(name, ratio, ratio.verdict(threshold)))
+    return found
+
+
 def exit_code(findings: Sequence[Finding]) -> int:
     verdicts = {f.verdict for f in findings}
     return 1 if SLOWER in verdicts else 2 if AMBIGUOUS in verdicts else 0
@@ -194,17 +217,20 @@ def report(findings: Sequence[Finding], options: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", type=Path)
-    parser.add_argument("head", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="base and head, once or 6 times and more")
     add_output_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     check_threshold(options.threshold)
-    base, head = load(options.base), load(options.head)
-    findings = compare(base, head, options.threshold)
-    for run_, other in ((base, head), (head, base)):
-        alone = [n for n in run_.measurements if n not in other.measurements]
+    if len(options.files) % 2:
+        raise ValueError(f"files: have {len(options.files)}, expected a base and a head for each pair")
+    loaded = [load(path) for path in options.files]
+    runs = list(zip(loaded[::2], loaded[1::2], strict=True))
+    findings = compare(*runs[0], options.threshold) if len(runs) == 1 else compare_pairs(runs, options.threshold)
+    judged = {f.name for f in findings}
+    for run_ in loaded:
+        alone = [n for n in run_.measurements if n not in judged]
         if alone:
-            print(f"{run_.source}: {len(alone)} measurements that {other.source} has not", file=sys.stderr)
+            print(f"{run_.source}: {len(alone)} measurements that not all files have", file=sys.stderr)
     return report(findings, options)

@@ -98,12 +98,12 @@ def stages(data: Mapping[str, Any]) -> str:
 
 def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> str:
     """FLOP/s over FLOP per byte; ``rows`` are numbered in their order."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     def draw(axes: Any) -> None:
         x = [r["flops"] / r["bytes"] for r in rows]
         y = [r["flops"] / r["median_s"] for r in rows]
-        span = [min(x) / 3, max(x) * 3]
+        span = [min(x) / 4, max(x) * 4]
         for title, style in (("measured", "-"), ("datasheet", ":")):
             roof = ceilings[title]
             if roof is None:
@@ -126,10 +126,13 @@ def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> 
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e9:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(min(y) / 10, axes.get_ylim()[1] * 1.5)  # a decade at least, so that ticks have numbers
         axes.set_xlabel("FLOP per byte that must move")
         axes.set_ylabel("GFLOP/s")
         axes.grid(alpha=0.6)
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
 
     return svg(draw, "roofline", 3.8)
 

@@ -12,41 +12,45 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.compare import Finding, add_output_arguments, check_threshold, report
 from bench.results import row, write_results
-from bench.stats import AMBIGUOUS, paired
+from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, paired
 from bench.timing import summarize
 
 EXAMPLES = """examples:
   python -m bench gate --base origin/main
   python -m bench gate --base HEAD~1 --op token_score --seconds 10 --markdown pr.md --junit junit.xml
   python -m bench gate --base HEAD                    what this machine's noise does: everything should be SAME
+  python -m bench gate --base HEAD --op layer_norm --rates 20      how often it is right here, 20 runs each
 
 exit codes: 0 none slower, 1 some slower, 2 cannot judge: ambiguous, a build that fails, bad arguments
 """
 ROOT = Path(__file__).parents[1]
 BLOCK_S = 0.02
 MIN_CALLS = 7  # in a block, whose median counts
+VERDICTS = (SLOWER, AMBIGUOUS, SAME, FASTER)
 LAUNCHES = 4  # of each side
 MIN_PAIRS = 24  # over all launches
 CHECK_EVERY = 8  # pairs between looks at the interval
+PLANTED = (0.0, 0.05, 0.10, 0.20)  # slowdowns of the head whose detection --rates counts
 
 
 class Side:
     """A worker process that measures one build."""
 
-    def __init__(self, root: Path, device: str) -> None:
+    def __init__(self, root: Path, device: str, slower: float = 0.0) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root)}
         command = [sys.executable, str(ROOT / "bench" / "worker.py"), device]
-        self.root = root
+        self.root, self.slower = root, slower
         self.process = subprocess.Popen(
             command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -64,6 +68,9 @@ class Side:
             said = (self.process.communicate()[1] or "").strip().splitlines()
             raise ValueError(f"{self.root}: has a worker that died ({said[-1] if said else 'no message'})")
         return json.loads(answer)
+
+    def block(self, name: str, calls: int) -> float:
+        return float(self.ask(name=name, calls=calls, slower=self.slower))
 
     def close(self) -> None:
         self.process.kill()
@@ -86,12 +93,13 @@ class Pairs:
 
 
 def measure(
-    base: Path, head: Path, device: str, wanted: list[str] | None, seconds: float, threshold: float
+    base: Path, head: Path, device: str, wanted: list[str] | None, seconds: float, threshold: float, slower: float = 0.0
 ) -> dict[str, Pairs]:
-    """Pairs for everything both builds can do, ``seconds`` of measuring per name at most."""
+    """Pairs for everything both builds can do, ``seconds`` of measuring per name at most. ``slower`` plants a slowdown
+    of that share in the head, to see whether it is found."""
     found: dict[str, Pairs] = {}
     for launch in range(LAUNCHES):
-        with Side(base, device) as a, Side(head, device) as b:
+        with Side(base, device) as a, Side(head, device, slower) as b:
             theirs, ours = a.ask(list=None), b.ask(list=None)
             names = [n for n in ours if theirs.get(n) == ours[n] and (not wanted or n.split("/")[0] in wanted)]
             if not names:
@@ -104,12 +112,12 @@ def measure(
 
 
 def _measure_one(a: Side, b: Side, name: str, pairs: Pairs, seconds: float, threshold: float, last: bool) -> None:
-    once = min(a.ask(name=name, calls=3), b.ask(name=name, calls=3))
+    once = min(a.block(name, 3), b.block(name, 3))
     calls = max(MIN_CALLS, min(10_000, round(BLOCK_S / max(once, 1e-7))))
     end, fresh = time.perf_counter() + seconds, 0
     while True:
         order = (a, b) if len(pairs.base) % 2 == 0 else (b, a)
-        times = {id(side): side.ask(name=name, calls=calls) for side in order}
+        times = {id(side): side.block(name, calls) for side in order}
         pairs.base.append(times[id(a)])
         pairs.head.append(times[id(b)])
         fresh += 1
@@ -171,12 +179,45 @@ def judge(found: Mapping[str, Pairs], threshold: float) -> list[Finding]:
     return findings
 
 
+def rates(runs: int, base: Path, head: Path, options: argparse.Namespace, device: str) -> int:
+    """How often the gate is right on this machine: ``runs`` gate runs for each planted slowdown of the head. 1 when
+    one that should be the same was called slower, or a slowdown of twice the threshold or more faster or the same."""
+    found: list[dict[str, Any]] = []
+    for planted in PLANTED:
+        for n in range(runs):
+            pairs = measure(base, head, device, options.op, options.seconds, options.threshold, planted)
+            for f in judge(pairs, options.threshold):
+                ratio = asdict(f.ratio)
+                found.append({"planted": planted, "run": n, "name": f.name, "verdict": f.verdict, **ratio})
+            last = ", ".join(f"{e['verdict']} {e['value']:.3f}" for e in found[-len(pairs) :])
+            print(f"planted {100 * planted:g} %, run {n + 1} of {runs}: {last}", file=sys.stderr, flush=True)
+            if options.json is not None:
+                write_results(options.json, [], [], suite="gate", threshold=options.threshold, verdicts=found)
+    names = list(dict.fromkeys(e["name"] for e in found))
+    print(f"{'measurement':<48} {'planted':>8} " + " ".join(f"{v:>9}" for v in VERDICTS) + "   median ratio")
+    wrong = 0
+    for name in names:
+        for planted in PLANTED:
+            these = [e for e in found if (e["name"], e["planted"]) == (name, planted)]
+            counts = [sum(e["verdict"] == v for e in these) for v in VERDICTS]
+            middle = statistics.median(e["value"] for e in these)
+            print(f"{name:<48} {100 * planted:6g} % " + " ".join(f"{c:9d}" for c in counts) + f"   {middle:.3f}")
+            bad = {SLOWER, FASTER} if not planted else {SAME, FASTER} if planted >= 2 * options.threshold else {FASTER}
+            wrong += sum(e["verdict"] in bad for e in these)
+    print(f"{wrong} wrong verdicts of {len(found)}; AMBIGUOUS says that it cannot tell")
+    return 1 if wrong else 0
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="REF", help="a commit, branch or tag")
     parser.add_argument("--head", metavar="REF", help="another one (default: the working tree as it is)")
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, default=8.0, help="of measuring per op and case, at most (default: 8)")
+    parser.add_argument(
+        "--rates", type=int, default=0, metavar="N",
+        help="instead, count right and wrong verdicts of N runs as they are and with planted slowdowns",
+    )  # fmt: skip
     parser.add_argument("--worktrees", type=Path, default=ROOT / "build" / "gate", metavar="DIR", help="kept there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every pair")
     add_output_arguments(parser)
@@ -184,8 +225,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_threshold(options.threshold)
-    if not options.seconds > 0:
-        raise ValueError(f"--seconds: has {options.seconds}, expected above 0")
+    if not options.seconds > 0 or options.rates < 0:
+        raise ValueError(f"--seconds, --rates: have {options.seconds} and {options.rates}, expected above 0")
     import torch
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,6 +235,8 @@ def run(options: argparse.Namespace) -> int:
     if head == ROOT:
         subprocess.run(["make", "--silent", "build"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     print(f"base {base.name}, head {'the working tree' if head == ROOT else head.name}, {device}", file=sys.stderr)
+    if options.rates:
+        return rates(options.rates, base, head, options, device)
     found = measure(base, head, device, options.op, options.seconds, options.threshold)
     if options.json is not None:
         rows, samples = [], []

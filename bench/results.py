@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.timing import Timing
 
 ROW = ("op", "case", "dtype", "direction", "impl", "median_s", "low_s", "high_s", "bytes", "flops")
@@ -38,6 +36,8 @@ def check(name: str, value: float, low: float, high: float, target: float, *, at
 
 def meta() -> dict[str, Any]:
     """What a figure depends on."""
+    import torch  # not above: comparing files needs nothing but Python
+
     import hulukern
     from hulukern.env import report
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -127,6 +125,8 @@ def n_cold(n_bytes: int, device: str) -> int:
     """Argument sets of ``n_bytes`` that together exceed a GPU's last-level cache twice; 1 on a CPU."""
     if device != "cuda":
         return 1
+    import torch
+
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return min(16, 1 + 2 * cache // max(n_bytes, 1))
 
@@ -146,6 +146,8 @@ def interleave_cuda(
 ) -> Rounds:
     """As :func:`interleave` on the current GPU, by events. Implementations take the number of an argument
     set, 0 to ``sets - 1``; sets are rotated, so that the caches hold another one's data."""
+    import torch  # not above: comparing files needs nothing but Python
+
     order = list(implementations)
     shuffle = random.Random(0)
     for name in order:

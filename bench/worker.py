@@ -1,7 +1,8 @@
 """One side of a gate: measures what it is told, line by line, with the hulukern that PYTHONPATH names.
 
 Run as a file by bench/gate.py, so that base and head are measured by the same code. Requests and answers are one
-JSON object a line: ``{"list": null}`` -> names; ``{"name": …, "calls": n}`` -> seconds of a call.
+JSON object a line: ``{"list": null}`` -> names; ``{"name": …, "calls": n}`` -> seconds of a call, ``"slower": share``
+with a planted slowdown of that share.
 """
 
 from __future__ import annotations
@@ -45,15 +46,20 @@ def prepare(name: str, device: str) -> Callable[[], Any]:
     return lambda: harness.call(op, arguments, backend)
 
 
-def block(call: Callable[[], Any], calls: int, device: str) -> float:
-    """Median seconds of ``calls`` calls. The median: on a shared machine a few calls in a block take many
-    times as long, and a mean would see nothing else (pairs of means scatter 5 to 10 times as wide)."""
+def block(call: Callable[[], Any], calls: int, device: str, slower: float = 0.0) -> float:
+    """Median seconds of ``calls`` calls, each of which spins ``slower`` times as long as it took. The median: on a
+    shared machine a few calls in a block take many times as long, and a mean would see nothing else (pairs of means
+    scatter 5 to 10 times as wide)."""
     times, held = [], None
     for _ in range(calls):
         start = time.perf_counter_ns()
         held = call()
         if device == "cuda":
             torch.cuda.synchronize()
+        if slower:
+            end = start + (1 + slower) * (time.perf_counter_ns() - start)
+            while time.perf_counter_ns() < end:
+                pass
         times.append(time.perf_counter_ns() - start)
     del held
     return statistics.median(times) / 1e9
@@ -75,7 +81,7 @@ def main() -> None:
             if name not in prepared:
                 prepared[name] = prepare(name, device)
                 prepared[name]()
-            answer = block(prepared[name], request["calls"], device)
+            answer = block(prepared[name], request["calls"], device, request.get("slower", 0.0))
         print(json.dumps(answer), file=answers, flush=True)
 
 

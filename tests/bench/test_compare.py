@@ -203,6 +203,8 @@ def test_gate_pairs_two_sides_of_the_same_build() -> None:
     found = gate.measure(ROOT, ROOT, "cpu", ["token_score_frames"], 0.2, THRESHOLD)
     (pairs,) = found.values()
     assert len(pairs.base) == len(pairs.head) >= gate.MIN_PAIRS
+    slow = gate.judge(gate.measure(ROOT, ROOT, "cpu", ["token_score_frames"], 0.2, THRESHOLD, slower=1.0), THRESHOLD)
+    assert slow[0].verdict == SLOWER
     with pytest.raises(ValueError, match="expected ops in common"):
         gate.measure(ROOT, ROOT, "cpu", ["no_such_op"], 0.1, THRESHOLD)
 
