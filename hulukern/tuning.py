@@ -128,7 +128,7 @@ _SLOW = "three tf32 products each: the largest tile without spills"
 _SMALL = "99 KiB and no wgmma: three blocks of 4 warps a multiprocessor"
 _GRADS = "the largest tiles whose sums and two logit tiles fit in registers without spills"
 _SHARED = "warps repeat half of a product (tensor work x 1.5) rather than spill, which all others do"
-_WIDE = "FFMA with the fewest spills: none is free of them, and three tf32 products spill ten times as much"
+_FFMA = "columns streamed: the largest tile without spills at every head dim"
 _ROWS = "16 rows: 256 programs at 4096 rows, whose angles stay in registers over the heads"
 
 TABLE: dict[str, dict[int, Row]] = {
@@ -156,7 +156,12 @@ TABLE: dict[str, dict[int, Row]] = {
         100: _tiles(64, 64, 8, 2, _GRADS),
         120: _tiles(32, 64, 8, 2, _GRADS),
     },
-    "rope_attention_dq.fp32": {arch: _tiles(16, 16, 8, 1, _WIDE) for arch in ARCHITECTURES},
+    "rope_attention_dq.fp32": {
+        80: _tiles(64, 16, 8, 1, _FFMA),
+        90: _tiles(64, 16, 4, 1, _FFMA),
+        100: _tiles(32, 16, 8, 1, _FFMA),
+        120: _tiles(32, 16, 8, 1, _FFMA),
+    },
     "rope_attention_dkdv": {
         80: _tiles(32, 128, 8, 2, _GRADS),
         90: _tiles(64, 128, 8, 2, _GRADS),
@@ -169,7 +174,12 @@ TABLE: dict[str, dict[int, Row]] = {
         100: _tiles(64, 64, 8, 2, _GRADS),
         120: _tiles(32, 32, 8, 2, _SHARED),
     },
-    "rope_attention_dkdv.fp32": {arch: _tiles(16, 16, 8, 1, _WIDE) for arch in ARCHITECTURES},
+    "rope_attention_dkdv.fp32": {
+        80: _tiles(64, 16, 8, 1, _FFMA),
+        90: _tiles(16, 64, 8, 1, _FFMA),
+        100: _tiles(16, 64, 8, 1, _FFMA),
+        120: _tiles(16, 64, 8, 1, _FFMA),
+    },
     "rope_attention_rotate": {arch: Row({"BLOCK_N": 16}, 4, 1, _ROWS) for arch in ARCHITECTURES},
     "rope_attention.fp32": {arch: _tiles(64, 16, 4, 1, _SLOW) for arch in ARCHITECTURES},
     # Memory-bound: elements a program holds at once, and programs that take turns at the rows. Backwards leave one

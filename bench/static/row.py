@@ -34,7 +34,6 @@ class Row:
     light_us: float | None  # of the whole op's first performance case
     shape: str = ""  # what a ratio above 1 pads
     max_ratio: float | None = None
-    may_spill: str = ""  # the reason
 
     @property
     def label(self) -> str:
@@ -72,7 +71,7 @@ def architecture(target: str) -> int:
 def limits(row: Row) -> Iterator[Finding]:
     """What holds under every toolchain: nothing spills, no product is padded, a block fits."""
     frame = 0 if architecture(row.target) < 100 else FRAME_BYTES_FROM_SM_100
-    if not row.may_spill and (row.stack_bytes > frame or (row.spills and not frame)):
+    if row.stack_bytes > frame or (row.spills and not frame):
         text = f"spills: {row.spills} accesses, stack {row.stack_bytes} bytes, expected at most {frame}"
         yield Finding(row.label, "spills", "limit", text)
     if row.max_ratio is not None and row.tensor_ratio is not None and row.tensor_ratio > row.max_ratio + 5e-4:

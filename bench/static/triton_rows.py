@@ -89,7 +89,6 @@ def row(architecture: int, c: offline.Compiled, cubin: Path, number: int = 1) ->
         loads=code.loads, stores=code.stores, tensor=code.tensor, tensor_ratio=tensor_ratio(c, code), fma=code.fma,
         code_bytes=code.code_bytes, light_us=light.time_us(c.op, c.dtype, architecture), shape=shape,
         max_ratio=MAX_ATTENTION_RATIO if attention and head_dim == LIMITED_HEAD_DIM else None,
-        may_spill=offline.MAY_SPILL.get((c.op, c.dtype), ""),
     )  # fmt: skip
 
 

@@ -7,6 +7,9 @@ Three launches: the keys are rotated once (as forward); a kernel per tile of que
 on its way leaves delta and the rotated queries; a kernel per tile of keys then sums dk and dv over the queries
 and has no angle to compute in its loop. Sums stay in the layout of triton_rotary.py, where turning back is
 elementwise. s and dp are computed in both: 7 products of D columns, each 80 wide at D = 72 (x 1.11).
+
+In fp32 s and dp are summed from 16 columns at a time, read where they are needed: FFMA takes whole rows of its
+operands into a thread's registers, and the 2 D values that stay through the loop are 256 at D = 128.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from hulukern.ops.rope_attention.triton_rotary import (
 from hulukern.ops.triton_common import architecture, rounded, sequence_of_tile, taken_strides, unit_of
 from hulukern.tuning import row
 
-# fp32 on FFMA: three tf32 products keep two halves of q, k, v and grad in registers, which are too few for it.
+# fp32 on FFMA: with three tf32 products, two halves of every operand, all tiles tried for dq spill on sm_80 at some D.
 PRECISION = "ieee"
 
 
@@ -69,6 +72,30 @@ def _store_turned_back(
 
 
 @triton.jit
+def _streamed_product(
+    p_x,  # the tile's first row
+    m_x,  # [X]
+    stride_x,  # in elements
+    p_y,
+    m_y,  # [Y]
+    stride_y,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x y^T over WIDTH columns, [X, Y], with 16 of them in registers."""
+    product = tl.zeros([m_x.shape[0], m_y.shape[0]], tl.float32)
+    p_x += tl.arange(0, m_x.shape[0])[:, None] * stride_x
+    p_y += tl.arange(0, m_y.shape[0])[:, None] * stride_y
+    for first in range(0, WIDTH, 16):
+        b_col = first + tl.arange(0, 16)[None, :]
+        m_col = b_col < WIDTH if WIDTH % 16 else tl.full([1, 1], True, tl.int1)
+        x = tl.load(p_x + b_col, mask=m_x[:, None] & m_col, other=0)
+        y = tl.load(p_y + b_col, mask=m_y[:, None] & m_col, other=0)
+        product = tl.dot(x, tl.trans(y), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def _dq_step(
     d_a,
     d_b,
@@ -80,6 +107,10 @@ def _dq_step(
     g_tail,  # [Q, TAIL]
     b_lse2,
     b_delta,
+    p_q,  # rotated; the tile's first row, as p_grad
+    p_grad,
+    m_row,
+    stride_grad,
     p_k,
     p_v,
     n_keys,
@@ -95,15 +126,24 @@ def _dq_step(
     MASKED: tl.constexpr,
 ):
     """One tile of keys."""
+    ROW: tl.constexpr = 2 * W + 2 * P
+    STREAMED: tl.constexpr = p_k.dtype.element_ty == tl.float32
     m_key = tl.arange(0, BLOCK_K) < n_keys
+    if STREAMED:
+        s = _streamed_product(p_q, m_row, ROW, p_k, m_key, ROW, ROW, PRECISION)
+        dp = _streamed_product(p_grad, m_row, stride_grad, p_v, m_key, stride_v, MAIN + TAIL_REAL, PRECISION)
     k_a, k_b, k_t = rotated_tile(p_k, m_key, W, P, BLOCK_K, MASKED)
-    p = tl.exp2(logits(q_a, q_b, q_t, k_a, k_b, k_t, P, PRECISION) * scale_log2 - b_lse2[:, None])
+    if not STREAMED:
+        s = logits(q_a, q_b, q_t, k_a, k_b, k_t, P, PRECISION)
+    p = tl.exp2(s * scale_log2 - b_lse2[:, None])
     if MASKED:
         p = tl.where(m_key[None, :], p, 0.0)
-    dp = tl.dot(g, tl.trans(columns(p_v, m_key, stride_v, 0, MAIN, MAIN, BLOCK_K, MASKED)), input_precision=PRECISION)
-    if TAIL:
-        v_tail = columns(p_v, m_key, stride_v, MAIN, TAIL, TAIL_REAL, BLOCK_K, MASKED)
-        dp = tl.dot(g_tail, tl.trans(v_tail), dp, input_precision=PRECISION)
+    if not STREAMED:
+        v = columns(p_v, m_key, stride_v, 0, MAIN, MAIN, BLOCK_K, MASKED)
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        if TAIL:
+            v_tail = columns(p_v, m_key, stride_v, MAIN, TAIL, TAIL_REAL, BLOCK_K, MASKED)
+            dp = tl.dot(g_tail, tl.trans(v_tail), dp, input_precision=PRECISION)
     ds = rounded(p * (dp - b_delta[:, None]), k_a.dtype)
     d_a = tl.dot(ds, k_a, d_a, input_precision=PRECISION)
     d_b = tl.dot(ds, k_b, d_b, input_precision=PRECISION)
@@ -195,6 +235,9 @@ def rope_attention_dq_kernel(
     tl.store(delta + i_head * Nq + b_row, b_delta, mask=m_row)
     b_lse2 = tl.load(lse + i_head * Nq + b_row, mask=m_row, other=0) * 1.4426950408889634
 
+    p_rotated = q_rotated + (i_head * Nq + first) * ROW
+    if q.dtype.element_ty == tl.float32:
+        tl.debug_barrier()  # the loop reads rotated queries that other threads stored
     p_k = k + (i_head * Nk + key_begin) * ROW
     p_v = v + (key_begin * stride_v + i_head * stride_v_head) * UNIT
     d_a = tl.zeros([BLOCK_Q, W], tl.float32)
@@ -203,16 +246,16 @@ def rope_attention_dq_kernel(
     n_whole = n_keys // BLOCK_K
     for _ in range(n_whole):
         d_a, d_b, d_t = _dq_step(
-            d_a, d_b, d_t, q_a, q_b, q_t, g, g_tail, b_lse2, b_delta, p_k, p_v, BLOCK_K, stride_v * UNIT,
-            scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_K, PRECISION, False,
+            d_a, d_b, d_t, q_a, q_b, q_t, g, g_tail, b_lse2, b_delta, p_rotated, p_grad, m_row, stride_grad * UNIT,
+            p_k, p_v, BLOCK_K, stride_v * UNIT, scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_K, PRECISION, False,
         )  # fmt: skip
         p_k += BLOCK_K * ROW
         p_v += BLOCK_K * stride_v * UNIT
     n_rest = n_keys - n_whole * BLOCK_K
     if n_rest > 0:
         d_a, d_b, d_t = _dq_step(
-            d_a, d_b, d_t, q_a, q_b, q_t, g, g_tail, b_lse2, b_delta, p_k, p_v, n_rest, stride_v * UNIT,
-            scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_K, PRECISION, True,
+            d_a, d_b, d_t, q_a, q_b, q_t, g, g_tail, b_lse2, b_delta, p_rotated, p_grad, m_row, stride_grad * UNIT,
+            p_k, p_v, n_rest, stride_v * UNIT, scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_K, PRECISION, True,
         )  # fmt: skip
     p_out = grad_q + (b_row[:, None] * A + i_head) * (2 * HALF)
     _store_turned_back(
@@ -232,6 +275,10 @@ def _dkv_step(
     k_t,
     b_v,
     v_tail,
+    p_k,  # the tile's first row, as p_v
+    p_v,
+    m_key,
+    stride_v,
     p_q,
     p_grad,
     p_lse,
@@ -249,22 +296,34 @@ def _dkv_step(
     MASKED: tl.constexpr,
 ):
     """One tile of queries; everything is transposed, [K, Q]."""
+    ROW: tl.constexpr = 2 * W + 2 * P
+    STREAMED: tl.constexpr = p_q.dtype.element_ty == tl.float32
     b_at = tl.arange(0, BLOCK_Q)
     m_row = b_at < n_rows
-    q_a, q_b, q_t = rotated_tile(p_q, m_row, W, P, BLOCK_Q, MASKED)
+    if STREAMED:
+        s = _streamed_product(p_k, m_key, ROW, p_q, m_row, ROW, ROW, PRECISION)
+        dp = _streamed_product(p_v, m_key, stride_v, p_grad, m_row, stride_grad, MAIN + TAIL_REAL, PRECISION)
+    else:
+        q_a, q_b, q_t = rotated_tile(p_q, m_row, W, P, BLOCK_Q, MASKED)
     # A row past the end gets an infinite log-sum-exp, hence p = 0.
     b_lse2 = tl.load(p_lse + b_at, mask=m_row, other=float("inf")) * 1.4426950408889634
     b_delta = tl.load(p_delta + b_at, mask=m_row, other=0.0)
-    p = tl.exp2(logits(k_a, k_b, k_t, q_a, q_b, q_t, P, PRECISION) * scale_log2 - b_lse2[None, :])
+    if not STREAMED:
+        s = logits(k_a, k_b, k_t, q_a, q_b, q_t, P, PRECISION)
+    p = tl.exp2(s * scale_log2 - b_lse2[None, :])
     g = columns(p_grad, m_row, stride_grad, 0, MAIN, MAIN, BLOCK_Q, MASKED)
     b_p = rounded(p, g.dtype)
     dv = tl.dot(b_p, g, dv, input_precision=PRECISION)
-    dp = tl.dot(b_v, tl.trans(g), input_precision=PRECISION)
+    if not STREAMED:
+        dp = tl.dot(b_v, tl.trans(g), input_precision=PRECISION)
     if TAIL:
         g_tail = columns(p_grad, m_row, stride_grad, MAIN, TAIL, TAIL_REAL, BLOCK_Q, MASKED)
         dv_tail = tl.dot(b_p, g_tail, dv_tail, input_precision=PRECISION)
-        dp = tl.dot(v_tail, tl.trans(g_tail), dp, input_precision=PRECISION)
+        if not STREAMED:
+            dp = tl.dot(v_tail, tl.trans(g_tail), dp, input_precision=PRECISION)
     ds = rounded(p * (dp - b_delta[None, :]), g.dtype)
+    if STREAMED:
+        q_a, q_b, q_t = rotated_tile(p_q, m_row, W, P, BLOCK_Q, MASKED)
     dk_a = tl.dot(ds, q_a, dk_a, input_precision=PRECISION)
     dk_b = tl.dot(ds, q_b, dk_b, input_precision=PRECISION)
     if P:
@@ -340,8 +399,9 @@ def rope_attention_dkdv_kernel(
     n_whole = n_rows // BLOCK_Q
     for _ in range(n_whole):
         dk_a, dk_b, dk_t, dv, dv_tail = _dkv_step(
-            dk_a, dk_b, dk_t, dv, dv_tail, k_a, k_b, k_t, b_v, v_tail, p_q, p_grad, p_lse, p_delta, BLOCK_Q,
-            stride_grad * UNIT, scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_Q, PRECISION, False,
+            dk_a, dk_b, dk_t, dv, dv_tail, k_a, k_b, k_t, b_v, v_tail, p_k, p_v, m_key, stride_v * UNIT, p_q, p_grad,
+            p_lse, p_delta, BLOCK_Q, stride_grad * UNIT, scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_Q, PRECISION,
+            False,
         )  # fmt: skip
         p_q += BLOCK_Q * ROW
         p_grad += BLOCK_Q * stride_grad * UNIT
@@ -350,8 +410,9 @@ def rope_attention_dkdv_kernel(
     n_rest = n_rows - n_whole * BLOCK_Q
     if n_rest > 0:
         dk_a, dk_b, dk_t, dv, dv_tail = _dkv_step(
-            dk_a, dk_b, dk_t, dv, dv_tail, k_a, k_b, k_t, b_v, v_tail, p_q, p_grad, p_lse, p_delta, n_rest,
-            stride_grad * UNIT, scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_Q, PRECISION, True,
+            dk_a, dk_b, dk_t, dv, dv_tail, k_a, k_b, k_t, b_v, v_tail, p_k, p_v, m_key, stride_v * UNIT, p_q, p_grad,
+            p_lse, p_delta, n_rest, stride_grad * UNIT, scale_log2, W, P, MAIN, TAIL, TAIL_REAL, BLOCK_Q, PRECISION,
+            True,
         )  # fmt: skip
 
     o_out = (b_key[:, None] * A + i_head) * (2 * HALF)
