@@ -1,9 +1,9 @@
 """Gate a change: builds a base and a head, measures both in turns, and gives a verdict per op.
 
 Each side is a process of its own; blocks of about 20 ms alternate (base head head base …), so that what drifts slower
-than a pair cancels. A block counts by the median of its calls. Processes are started anew several times,
-since where memory happens to lie can make one process a few percent slower for its whole life: pairs come from all
-of them alike. Measuring stops early for what is decided.
+than a pair cancels. A block counts by the median of its calls. Both are launched anew nine times, since where memory
+happens to lie can make a process a few percent slower for its whole life: a launch counts once, by the median ratio of
+its pairs, and the interval is that of the launches. What nine leave ambiguous gets nine more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.compare import Finding, add_output_arguments, check_threshold, report
 from bench.results import row, write_results
-from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, paired
+from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, Ratio, paired
 from bench.timing import summarize
 
 EXAMPLES = """examples:
@@ -38,9 +38,9 @@ ROOT = Path(__file__).parents[1]
 BLOCK_S = 0.02
 MIN_CALLS = 7  # in a block, whose median counts
 VERDICTS = (SLOWER, AMBIGUOUS, SAME, FASTER)
-LAUNCHES = 4  # of each side
-MIN_PAIRS = 24  # over all launches
-CHECK_EVERY = 8  # pairs between looks at the interval
+LAUNCHES = 9  # of each side: the fewest whose interval may leave out one on either end
+ROUNDS = 2  # of so many launches, the second for what is ambiguous after the first
+MIN_PAIRS = 8  # in a launch
 PLANTED = (0.0, 0.05, 0.10, 0.20)  # slowdowns of the head whose detection --rates counts
 
 
@@ -48,7 +48,9 @@ class Side:
     """A worker process that measures one build."""
 
     def __init__(self, root: Path, device: str, slower: float = 0.0) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(root)}
+        # Freed memory stays with the process: page faults of fresh results otherwise vary more than what is judged.
+        kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(1 << 28)}
+        environment = {**os.environ, **kept, "PYTHONPATH": str(root)}
         command = [sys.executable, str(ROOT / "bench" / "worker.py"), device]
         self.root, self.slower = root, slower
         self.process = subprocess.Popen(
@@ -85,48 +87,64 @@ class Side:
 
 @dataclass
 class Pairs:
-    """Seconds per call, base and head of each pair."""
+    """Seconds per call, base and head of each pair, by launch."""
 
-    base: list[float] = field(default_factory=list)
-    head: list[float] = field(default_factory=list)
-    decided: bool = False
+    base: list[list[float]] = field(default_factory=list)
+    head: list[list[float]] = field(default_factory=list)
+
+    def ratio(self) -> Ratio:
+        middle = [
+            statistics.median(h / b for b, h in zip(*launch, strict=True))
+            for launch in zip(self.base, self.head, strict=True)
+        ]
+        return paired([1.0] * len(middle), middle)
 
 
 def measure(
     base: Path, head: Path, device: str, wanted: list[str] | None, seconds: float, threshold: float, slower: float = 0.0
 ) -> dict[str, Pairs]:
-    """Pairs for everything both builds can do, ``seconds`` of measuring per name at most. ``slower`` plants a slowdown
-    of that share in the head, to see whether it is found."""
+    """Pairs for everything both builds can do, ``seconds`` of measuring per name and round of launches at most.
+    ``slower`` plants a slowdown of that share in the head, to see whether it is found."""
     found: dict[str, Pairs] = {}
-    for launch in range(LAUNCHES):
-        with Side(base, device) as a, Side(head, device, slower) as b:
-            theirs, ours = a.ask(list=None), b.ask(list=None)
-            names = [n for n in ours if theirs.get(n) == ours[n] and (not wanted or n.split("/")[0] in wanted)]
+    with Side(base, device) as a, Side(head, device, slower) as b:
+        theirs, ours = a.ask(list=None), b.ask(list=None)
+        names = [n for n in ours if theirs.get(n) == ours[n] and (not wanted or n.split("/")[0] in wanted)]
+        if not names:
+            raise ValueError(f"{head}: has nothing to measure that {base} has, expected ops in common")
+        for launch in range(ROUNDS * LAUNCHES):
+            if launch and launch % LAUNCHES == 0:
+                names = [n for n in names if found[n].ratio().verdict(threshold) == AMBIGUOUS]
             if not names:
-                raise ValueError(f"{head}: has nothing to measure that {base} has, expected ops in common")
+                break
+            # Other places for either side: a pair of launches must not share what chance gave.
+            a.ask(launch=2 * launch)
+            b.ask(launch=2 * launch + 1)
             for name in names:
                 pairs = found.setdefault(name, Pairs())
-                # Every launch adds its share, whatever the last one saw: an early stop must not rest on one process.
-                _measure_one(a, b, name, pairs, seconds / LAUNCHES, threshold, last=launch == LAUNCHES - 1)
+                for side, values in zip(
+                    (pairs.base, pairs.head), _one_launch(a, b, name, seconds, threshold), strict=True
+                ):
+                    side.append(values)
+            a.ask(end=None)
+            b.ask(end=None)
     return found
 
 
-def _measure_one(a: Side, b: Side, name: str, pairs: Pairs, seconds: float, threshold: float, last: bool) -> None:
+def _one_launch(a: Side, b: Side, name: str, seconds: float, threshold: float) -> tuple[list[float], list[float]]:
+    """Until the launch's own interval is narrow beside the threshold, or its share of ``seconds`` is over."""
     once = min(a.block(name, 3), b.block(name, 3))
     calls = max(MIN_CALLS, min(10_000, round(BLOCK_S / max(once, 1e-7))))
-    end, fresh = time.perf_counter() + seconds, 0
+    end = time.perf_counter() + seconds / LAUNCHES
+    base: list[float] = []
+    head: list[float] = []
     while True:
-        order = (a, b) if len(pairs.base) % 2 == 0 else (b, a)
-        times = {id(side): side.block(name, calls) for side in order}
-        pairs.base.append(times[id(a)])
-        pairs.head.append(times[id(b)])
-        fresh += 1
-        if fresh < MIN_PAIRS // LAUNCHES or fresh % CHECK_EVERY:
+        for side in (a, b) if len(base) % 2 == 0 else (b, a):
+            (base if side is a else head).append(side.block(name, calls))
+        if len(base) < MIN_PAIRS:
             continue
-        ratio = paired(pairs.base, pairs.head)
-        clear = ratio.verdict(threshold) != AMBIGUOUS and len(pairs.base) >= MIN_PAIRS
-        if (last and clear) or time.perf_counter() > end:
-            return
+        ratio = paired(base, head)
+        if ratio.high - ratio.low < threshold / 2 or time.perf_counter() > end:
+            return base, head
 
 
 def worktree(reference: str, folder: Path) -> Path:
@@ -174,7 +192,7 @@ def _git(*arguments: str) -> str:
 def judge(found: Mapping[str, Pairs], threshold: float) -> list[Finding]:
     findings = []
     for name, pairs in found.items():
-        ratio = paired(pairs.base, pairs.head)
+        ratio = pairs.ratio()
         findings.append(Finding(name, ratio, ratio.verdict(threshold)))
     return findings
 
@@ -242,7 +260,8 @@ def run(options: argparse.Namespace) -> int:
         rows, samples = [], []
         for name, pairs in found.items():
             op, case, dtype, direction, impl = name.split("/")
-            for side, values in (("base", pairs.base), ("head", pairs.head)):
+            for side, launches in (("base", pairs.base), ("head", pairs.head)):
+                values = [v for launch in launches for v in launch]
                 rows.append(row(op, case, dtype, direction, f"{impl} {side}", summarize(values)))
                 samples.append(values)
         write_results(options.json, rows, [], samples=samples)

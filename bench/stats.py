@@ -2,8 +2,10 @@
 
 Two ways to a ratio head / base with a 95 % interval:
 
-* ``paired``: blocks of base and head taken in turns; the median of the pairs' ratios with its order-statistics
-  interval. A drift that both see cancels within a pair. This is what the gate uses.
+* ``paired``: what was taken in turns, base and head; the median of the pairs' ratios with its order-statistics
+  interval. A drift that both see cancels within a pair. A process keeps for its life where its memory came to lie,
+  which may make it a few percent slower, so what pairs are must be launches, or runs: blocks within one launch agree
+  on what is not so. This is what the gate uses, on the medians of its launches.
 * ``unpaired``: two finished runs; a percentile bootstrap of the ratio of medians. Drift between the runs stays
   in, so such a comparison is worth less, however narrow its interval looks.
 """
@@ -42,7 +44,7 @@ class Ratio:
 
 
 def paired(base: Sequence[float], head: Sequence[float]) -> Ratio:
-    """From blocks that were taken in turns, pair by pair."""
+    """From what was taken in turns, pair by pair."""
     t: Timing = summarize([h / b for b, h in zip(base, head, strict=True)])
     return Ratio(t.median, t.low, t.high, t.n)
 

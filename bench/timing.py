@@ -2,18 +2,19 @@
 
 The machine's speed drifts by tens of percent within seconds, so implementations take turns in a new
 random order every round, and ratios are taken within a round. Medians, with an interval from order
-statistics: distribution-free, about 95 % for the median.
+statistics: distribution-free, 95 % for the median.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,26 @@ class Timing:
     n: int
 
 
-def summarize(values: list[float]) -> Timing:
-    """Median and its order-statistics interval: the ranks (n -+ 1.96 sqrt(n)) / 2 (binomial, p = 1/2)."""
+def summarize(values: Sequence[float]) -> Timing:
+    """Median and its order-statistics interval: of fewer than 6 values it is their range, which holds less."""
     if not values:
         raise ValueError("summarize: values has 0 entries, expected at least 1")
     ordered, n = sorted(values), len(values)
-    low = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2) - 1)
+    low = _outside(n)
     return Timing(statistics.median(ordered), ordered[low], ordered[n - 1 - low], n)
+
+
+@functools.cache
+def _outside(n: int) -> int:
+    """How many of n values on either side may be left out of an interval that holds the median with 95 %: binomial,
+    p = 1/2, and beyond 100 by its normal approximation."""
+    if n > 100:
+        return math.floor((n - 1.96 * math.sqrt(n)) / 2) - 1
+    outside, below = 0, 1.0  # of 2^n: fewer than one value below the median
+    while 2 * below <= 0.05 * 2.0**n:
+        outside += 1
+        below += math.comb(n, outside)
+    return max(outside - 1, 0)
 
 
 @dataclass(frozen=True)

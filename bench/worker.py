@@ -1,19 +1,20 @@
 """One side of a gate: measures what it is told, line by line, with the hulukern that PYTHONPATH names.
 
 Run as a file by bench/gate.py, so that base and head are measured by the same code. Requests and answers are one
-JSON object a line: ``{"list": null}`` -> names; ``{"name": …, "calls": n}`` -> seconds of a call, ``"slower": share``
-with a planted slowdown of that share.
+JSON object a line: ``{"list": null}`` -> names; ``{"launch": seed}`` starts a process that measures until ``{"end":
+null}``: ``{"name": …, "calls": n, "slower": share}`` -> seconds of a call, with a planted slowdown of that share.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -65,24 +66,46 @@ def block(call: Callable[[], Any], calls: int, device: str, slower: float = 0.0)
     return statistics.median(times) / 1e9
 
 
+def launch(seed: int, requests: IO[bytes], answers: IO[str], device: str) -> None:
+    """Measures in a child. Nothing has been computed in the parent yet, so a child is as good as a new process and is
+    there at once; where chance puts memory from process to process, blocks of random size do here."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            sys.exit(1)
+        return
+    moved = [bytearray(n) for n in random.Random(seed).choices(range(64, 1 << 16, 64), k=64)]
+    say(None, answers)
+    prepared: dict[str, Callable[[], Any]] = {}
+    while "end" not in (request := json.loads(requests.readline())):
+        name = request["name"]
+        if name not in prepared:
+            prepared[name] = prepare(name, device)
+            prepared[name]()
+        say(block(prepared[name], request["calls"], device, request["slower"]), answers)
+    say(None, answers)
+    del moved
+    os._exit(0)
+
+
+def say(answer: Any, answers: IO[str]) -> None:
+    print(json.dumps(answer), file=answers, flush=True)
+
+
 def main() -> None:
     device = sys.argv[1]
     if device == "cpu":  # both sides on the same cores, one a thread
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
-    answers = os.fdopen(os.dup(1), "w")
+    # Nothing is read ahead: the next line may be the child's.
+    requests, answers = os.fdopen(0, "rb", buffering=0), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints must not speak on this line
-    prepared: dict[str, Callable[[], Any]] = {}
-    for line in sys.stdin:
+    while line := requests.readline():
         request = json.loads(line)
         if "list" in request:
-            answer: Any = names(device)
+            say(names(device), answers)
         else:
-            name = request["name"]
-            if name not in prepared:
-                prepared[name] = prepare(name, device)
-                prepared[name]()
-            answer = block(prepared[name], request["calls"], device, request.get("slower", 0.0))
-        print(json.dumps(answer), file=answers, flush=True)
+            launch(request["launch"], requests, answers, device)
 
 
 if __name__ == "__main__":

@@ -27,34 +27,39 @@ THRESHOLD = 0.03
 
 
 class Machine:
-    """Block medians of a shared machine: a level that wanders by tens of percent, scatter of a few percent, and
-    now and then a block that takes much longer."""
+    """Block medians of a shared machine: a level that wanders by tens of percent, scatter of a few percent, now and
+    then a block that takes much longer, and what a process keeps for its life from where its memory lies."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.level = 0.0
+        self.launch()
+
+    def launch(self) -> None:
+        self.kept = [math.exp(self.random.gauss(0, 0.01)) for _ in range(2)]
 
     def pair(self, slowdown: float) -> tuple[float, float]:
         self.level = 0.95 * self.level + self.random.gauss(0, 0.05)
-        return self.block(1.0), self.block(1 + slowdown)
+        return self.block(self.kept[0]), self.block(self.kept[1] * (1 + slowdown))
 
     def block(self, seconds: float) -> float:
         spike = math.exp(abs(self.random.gauss(0, 1))) if self.random.random() < 0.1 else 1.0
         return seconds * math.exp(self.level + self.random.gauss(0, 0.03)) * spike
 
 
-def simulated(slowdown: float, seed: int, pairs: int = 200) -> str:
-    """What the gate would say: it looks every CHECK_EVERY pairs and stops when the verdict is clear."""
-    machine, base, head = Machine(seed), [], []
-    for i in range(1, pairs + 1):
-        b, h = machine.pair(slowdown)
-        base.append(b)
-        head.append(h)
-        if i >= gate.MIN_PAIRS and i % gate.CHECK_EVERY == 0:
-            verdict = paired(base, head).verdict(THRESHOLD)
-            if verdict != AMBIGUOUS:
-                return verdict
-    return paired(base, head).verdict(THRESHOLD)
+def simulated(slowdown: float, seed: int, pairs: int = 30) -> str:
+    """What the gate would say."""
+    machine, found = Machine(seed), gate.Pairs()
+    for _ in range(gate.ROUNDS):
+        for _ in range(gate.LAUNCHES):
+            machine.launch()
+            base, head = zip(*(machine.pair(slowdown) for _ in range(pairs)), strict=True)
+            found.base.append(list(base))
+            found.head.append(list(head))
+        verdict = found.ratio().verdict(THRESHOLD)
+        if verdict != AMBIGUOUS:
+            break
+    return verdict
 
 
 def rate(slowdown: float, verdict: str, runs: int = 300) -> float:
@@ -202,7 +207,8 @@ def test_gate_refuses_what_it_cannot_build(tmp_path: Path, capsys: pytest.Captur
 def test_gate_pairs_two_sides_of_the_same_build() -> None:
     found = gate.measure(ROOT, ROOT, "cpu", ["token_score_frames"], 0.2, THRESHOLD)
     (pairs,) = found.values()
-    assert len(pairs.base) == len(pairs.head) >= gate.MIN_PAIRS
+    assert len(pairs.base) == len(pairs.head) >= gate.LAUNCHES
+    assert all(len(b) == len(h) >= gate.MIN_PAIRS for b, h in zip(pairs.base, pairs.head, strict=True))
     slow = gate.judge(gate.measure(ROOT, ROOT, "cpu", ["token_score_frames"], 0.2, THRESHOLD, slower=1.0), THRESHOLD)
     assert slow[0].verdict == SLOWER
     with pytest.raises(ValueError, match="expected ops in common"):
