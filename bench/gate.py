@@ -48,9 +48,11 @@ class Side:
     """A worker process that measures one build."""
 
     def __init__(self, root: Path, device: str, slower: float = 0.0) -> None:
-        # Freed memory stays with the process: page faults of fresh results otherwise vary more than what is judged.
+        # Freed memory stays with the process: page faults of fresh results vary more than what is judged. In huge
+        # pages: else what came first had scattered ones on a virtual machine, and was 8 % slower at every launch.
         kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(1 << 28)}
-        environment = {**os.environ, **kept, "PYTHONPATH": str(root)}
+        tunables = ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"]))
+        environment = {**os.environ, **kept, "GLIBC_TUNABLES": tunables, "PYTHONPATH": str(root)}
         command = [sys.executable, str(ROOT / "bench" / "worker.py"), device]
         self.root, self.slower = root, slower
         self.process = subprocess.Popen(
@@ -116,35 +118,34 @@ def measure(
                 names = [n for n in names if found[n].ratio().verdict(threshold) == AMBIGUOUS]
             if not names:
                 break
-            # Other places for either side: a pair of launches must not share what chance gave.
-            a.ask(launch=2 * launch)
-            b.ask(launch=2 * launch + 1)
+            # Each side in other places, and first in turns: what chance gave must not be shared, nor go to one of them.
+            first, second = (a, b) if launch % 2 == 0 else (b, a)
+            first.ask(launch=2 * launch)
+            second.ask(launch=2 * launch + 1)
             for name in names:
+                blocks = dict(zip((first, second), _one_launch(first, second, name, seconds, threshold), strict=True))
                 pairs = found.setdefault(name, Pairs())
-                for side, values in zip(
-                    (pairs.base, pairs.head), _one_launch(a, b, name, seconds, threshold), strict=True
-                ):
-                    side.append(values)
-            a.ask(end=None)
-            b.ask(end=None)
+                pairs.base.append(blocks[a])
+                pairs.head.append(blocks[b])
+            first.ask(end=None)
+            second.ask(end=None)
     return found
 
 
 def _one_launch(a: Side, b: Side, name: str, seconds: float, threshold: float) -> tuple[list[float], list[float]]:
-    """Until the launch's own interval is narrow beside the threshold, or its share of ``seconds`` is over."""
+    """Pairs until the launch's own interval is narrow beside the threshold, or its share of ``seconds`` is over."""
     once = min(a.block(name, 3), b.block(name, 3))
     calls = max(MIN_CALLS, min(10_000, round(BLOCK_S / max(once, 1e-7))))
     end = time.perf_counter() + seconds / LAUNCHES
-    base: list[float] = []
-    head: list[float] = []
+    found: tuple[list[float], list[float]] = ([], [])
     while True:
-        for side in (a, b) if len(base) % 2 == 0 else (b, a):
-            (base if side is a else head).append(side.block(name, calls))
-        if len(base) < MIN_PAIRS:
+        for side in (0, 1) if len(found[0]) % 2 == 0 else (1, 0):
+            found[side].append((a, b)[side].block(name, calls))
+        if len(found[0]) < MIN_PAIRS:
             continue
-        ratio = paired(base, head)
+        ratio = paired(*found)
         if ratio.high - ratio.low < threshold / 2 or time.perf_counter() > end:
-            return base, head
+            return found
 
 
 def worktree(reference: str, folder: Path) -> Path:

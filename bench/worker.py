@@ -68,14 +68,16 @@ def block(call: Callable[[], Any], calls: int, device: str, slower: float = 0.0)
 
 def launch(seed: int, requests: IO[bytes], answers: IO[str], device: str) -> None:
     """Measures in a child. Nothing has been computed in the parent yet, so a child is as good as a new process and is
-    there at once; where chance puts memory from process to process, blocks of random size do here."""
+    there at once; what chance does to places in memory from process to process, blocks of random size do here."""
     child = os.fork()
     if child:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             sys.exit(1)
         return
-    moved = [bytearray(n) for n in random.Random(seed).choices(range(64, 1 << 16, 64), k=64)]
+    draw = random.Random(seed)
+    # The large one moves physical pages too, some of which are slower than others on a virtual machine.
+    moved = [b"\1" * n for n in (*draw.choices(range(64, 1 << 16, 64), k=64), draw.randrange(1 << 27))]
     say(None, answers)
     prepared: dict[str, Callable[[], Any]] = {}
     while "end" not in (request := json.loads(requests.readline())):

@@ -78,9 +78,13 @@ def test_false_alarms_and_misses_in_simulation() -> None:
 def test_intervals_cover_what_they_claim() -> None:
     inside = 0
     for seed in range(300):
-        machine = Machine(seed)
-        base, head = zip(*(machine.pair(0.05) for _ in range(40)), strict=True)
-        r = paired(base, head)
+        machine, found = Machine(seed), gate.Pairs()
+        for _ in range(gate.LAUNCHES):
+            machine.launch()
+            base, head = zip(*(machine.pair(0.05) for _ in range(40)), strict=True)
+            found.base.append(list(base))
+            found.head.append(list(head))
+        r = found.ratio()
         inside += r.low <= 1.05 <= r.high
     assert inside / 300 >= 0.93
 
