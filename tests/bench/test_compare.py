@@ -19,7 +19,7 @@ from bench import gate
 from bench.__main__ import main
 from bench.compare import compare, load
 from bench.results import row, write_results
-from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, _resampled_median, of_intervals, paired, unpaired
+from bench.stats import AMBIGUOUS, FASTER, SAME, SLOWER, _resampled_median, of_intervals, unpaired
 from bench.timing import Timing, summarize
 
 ROOT = Path(__file__).parents[2]
