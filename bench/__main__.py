@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 import sys
+import traceback
 
 # Name -> (module with add_arguments(parser), run(options) -> int and EXAMPLES, one line of help). Imported when named.
 COMMANDS = {
@@ -37,8 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except ValueError as error:
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"bench {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"bench {options.command}: interrupted", file=sys.stderr)
+        return 2
+    except Exception:  # Python would end with 1, which says that a check failed
+        traceback.print_exc()
         return 2
 
 

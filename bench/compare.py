@@ -90,6 +90,8 @@ def _foreign(path: Path, data: dict[str, Any]) -> Run:
         for entry in data["benchmarks"]:
             s = entry["stats"]
             spread = 1.57 * (s["q3"] - s["q1"]) / max(s["rounds"], 1) ** 0.5  # a boxplot's notch: 95 % of a median
+            if not 0 < s["median"] < float("inf"):
+                raise ValueError(f"{path}: {entry['fullname']} has a median of {s['median']}, expected seconds above 0")
             timing = Timing(s["median"], max(s["median"] - spread, s["min"]), s["median"] + spread, s["rounds"])
             found[entry["fullname"]] = Measurement(timing, s.get("data") or ())
     except (KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,22 +76,25 @@ def run_sanitizer(check_name: str, device: str, out: Path, limit_s: float) -> di
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"absent": "no compute-sanitizer on PATH"}
+    if unavailable("cuda"):
+        return {"absent": unavailable("cuda")}
     command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, "-m", "bench.device", device]
-    text, code = _capture(command, limit_s, dict(os.environ))
+    # Every tensor an allocation of its own, or what lies beyond one is another's and no error.
+    text, code = _capture(command, limit_s, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     write_text(out / f"{check_name}.txt", text)
     return {"exit_code": code}
 
 
 def _capture(command: list[str], limit_s: float, environment: dict[str, str]) -> tuple[str, int]:
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace", stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=limit_s, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout or b""
-        return f"{text.decode() if isinstance(text, bytes) else text}\nstopped after {limit_s:.0f} s", 124
-    return done.stdout, done.returncode
+        return process.communicate(timeout=limit_s)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too: what comes next is timed
+        return f"{process.communicate()[0]}\nstopped after {limit_s:.0f} s", 124
 
 
 def run_e2e(out: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -52,12 +53,16 @@ class Side:
         # pages: else what came first had scattered ones on a virtual machine, and was 8 % slower at every launch.
         kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(1 << 28)}
         tunables = ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"]))
-        environment = {**os.environ, **kept, "GLIBC_TUNABLES": tunables, "PYTHONPATH": str(root)}
-        command = [sys.executable, str(ROOT / "bench" / "worker.py"), device]
+        # The worker forks: nothing may start CUDA before, not even the question whether there is a GPU.
+        asked = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        environment = {**os.environ, **kept, **asked, "GLIBC_TUNABLES": tunables, "PYTHONPATH": str(root)}
+        # -P: bench/profile.py must not stand for Python's.
+        command = [sys.executable, "-P", str(ROOT / "bench" / "worker.py"), device]
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 — closed with the process; a pipe that nobody reads would fill
         self.root, self.slower = root, slower
         self.process = subprocess.Popen(
             command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.said,
         )  # fmt: skip
 
     def ask(self, **request: Any) -> Any:
@@ -69,7 +74,9 @@ class Side:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            said = (self.process.communicate()[1] or "").strip().splitlines()
+            self.process.wait()
+            self.said.seek(0)
+            said = self.said.read().strip().splitlines()
             raise ValueError(f"{self.root}: has a worker that died ({said[-1] if said else 'no message'})")
         return json.loads(answer)
 
@@ -79,6 +86,7 @@ class Side:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.said.close()
 
     def __enter__(self) -> Side:
         return self
@@ -110,6 +118,12 @@ def measure(
     found: dict[str, Pairs] = {}
     with Side(base, device) as a, Side(head, device, slower) as b:
         theirs, ours = a.ask(list=None), b.ask(list=None)
+        unknown = set(wanted or ()) - {n.split("/")[0] for n in ours}
+        if unknown:
+            raise ValueError(f"--op: has {', '.join(sorted(unknown))}, expected ops that can be measured here")
+        for n in sorted({*theirs, *ours}):
+            if theirs.get(n) != ours.get(n) and (not wanted or n.split("/")[0] in wanted):
+                print(f"bench gate: {n} is not the same in both, and left out", file=sys.stderr)
         names = [n for n in ours if theirs.get(n) == ours[n] and (not wanted or n.split("/")[0] in wanted)]
         if not names:
             raise ValueError(f"{head}: has nothing to measure that {base} has, expected ops in common")

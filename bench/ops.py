@@ -41,7 +41,20 @@ CACHED_FLOOR_S = 2e-3  # and by at least this: a scheduler's slice is no cache
 PATIENCE_S = 2.0  # with one call of a peer; a convolution's backward in fp16 takes a CPU half a minute
 SAVE_EVERY_S = 10.0
 # What the suite itself writes into a file.
-OWN = ("meta", "rows", "checks", "suite", "device", "warm", "complete", "reasons", "gpu_states", "ceilings", "roofline")
+OWN = (
+    "meta",
+    "rows",
+    "checks",
+    "suite",
+    "device",
+    "warm",
+    "wanted",
+    "complete",
+    "reasons",
+    "gpu_states",
+    "ceilings",
+    "roofline",
+)
 
 
 class Wrong(RuntimeError):
@@ -172,6 +185,8 @@ def measure(
                 reasons[c.name] = f"wrong: {_line(error)}"
             except Exception as error:  # a peer refuses in its own words; ours must not refuse
                 reasons[c.name] = f"{'wrong' if c.ours else 'absent'}: {type(error).__name__}: {_line(error)}"
+            if c.name in reasons:
+                c.sets, c.held = [], {}  # what they hold of the GPU is the others'
 
     def correct_first(c: Contender) -> None:
         if c.ours:
@@ -337,6 +352,7 @@ class Suite:
     def __init__(self, path: Path, wanted: Filter, device: str, resume: bool = False, warm: bool = False) -> None:
         self.path, self.wanted, self.device, self.warm = path, wanted, device, warm
         self.groups = groups(wanted)
+        self.against = {"backends": list(wanted.backends), "baselines": list(wanted.baselines)}
         self.rows: list[dict[str, Any]] = []
         self.reasons: dict[str, dict[str, str]] = {}  # group -> implementation -> why it has no row
         self.extra: dict[str, Any] = {}  # what else the file holds
@@ -344,7 +360,7 @@ class Suite:
         self._saved = 0.0
         before = _earlier(path) if path.exists() else None
         if resume and before is not None:
-            _same_run(path, before, device, warm)
+            _same_run(path, before, device, warm, self.against)
             self.rows, self.reasons = before["rows"], before["reasons"]
             self.gpu_states = before["gpu_states"]
             self.extra = {k: v for k, v in before.items() if k not in OWN}
@@ -386,7 +402,8 @@ class Suite:
             self.gpu_states.append(gpu_state())
         checks = roofline.checks(self.rows, self.ceilings) if self.device == "cuda" else []
         write_results(
-            self.path, self.rows, checks, suite="ops", device=self.device, warm=self.warm, complete=not self.left,
+            self.path, self.rows, checks, suite="ops", device=self.device, warm=self.warm, wanted=self.against,
+            complete=not self.left,
             reasons=self.reasons, gpu_states=self.gpu_states,
             **roofline.as_json(self.rows, self.ceilings, peaks), **self.extra,
         )  # fmt: skip
@@ -401,10 +418,15 @@ def _earlier(path: Path) -> dict[str, Any]:
     return data
 
 
-def _same_run(path: Path, data: Mapping[str, Any], device: str, warm: bool) -> None:
-    now = meta() | {"device": device, "warm": warm}
-    for key, was in (data["meta"] | {"device": data["device"], "warm": data["warm"]}).items():
-        if key != "time" and was != now[key]:
+def _same_run(path: Path, data: Mapping[str, Any], device: str, warm: bool, wanted: dict[str, list[str]]) -> None:
+    now = meta() | {"device": device, "warm": warm, "wanted": wanted}
+    missing = [key for key in OWN if key not in data]
+    if missing:
+        raise ValueError(
+            f"{path}: has no {', '.join(missing)}, expected a file of suite ops; without --resume it starts anew"
+        )
+    for key, was in (data["meta"] | {key: data[key] for key in ("device", "warm", "wanted")}).items():
+        if key != "time" and was != now.get(key):
             raise ValueError(f"{path}: has {key} {was}, expected {now[key]} to go on; without --resume it starts anew")
 
 

@@ -350,7 +350,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     paths: list[Path] = []
     for given in options.files or [Path(__file__).parent / "results"]:
-        found = sorted(given.rglob("*.json")) if given.is_dir() else [given]
+        # A tuning table stands beside the results it comes from.
+        found = [p for p in sorted(given.rglob("*.json")) if p.name != "tuning.json"] if given.is_dir() else [given]
         if not found:
             raise ValueError(f"{given}: has no results, expected *.json in it")
         paths += found

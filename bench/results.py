@@ -16,6 +16,7 @@ from typing import Any
 from bench.timing import Timing
 
 ROW = ("op", "case", "dtype", "direction", "impl", "median_s", "low_s", "high_s", "bytes", "flops")
+META = ("time", "commit", "torch", "cpu", "native", "gpu")
 CHECK = ("name", "value", "low", "high", "target", "met")
 
 
@@ -111,6 +112,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _validate(source: str, data: Any) -> None:
+    known = data.get("meta") if isinstance(data, dict) else None
+    missing = [key for key in META if not isinstance(known, dict) or key not in known]
+    if missing:
+        raise ValueError(f"{source}: has no {', '.join(missing)} in meta, expected results JSON")
     for kind, fields in (("rows", ROW), ("checks", CHECK)):
         entries = data.get(kind) if isinstance(data, dict) else None
         if not isinstance(entries, list):

@@ -145,9 +145,9 @@ def n_cold(n_bytes: int, device: str) -> int:
     return min(16, 1 + 2 * cache // max(n_bytes, 1))
 
 
-# Cycles a GPU spins before a timed call, so that the host is done launching when the clock starts: 100 us
-# at 2 GHz.
-_SPIN_CYCLES = 200_000
+# A GPU spins before a timed call, so that the host is done launching when the clock starts: at least 100 us, twice the
+# host's time of that call, and no more than 20 ms, in cycles at 2 GHz.
+_SPIN_CYCLES = (200_000, 40_000_000)
 
 
 def interleave_cuda(
@@ -167,17 +167,24 @@ def interleave_cuda(
     for name in order:
         for k in range(sets):
             implementations[name](k)
+    spin = {}
+    for name in order:
+        torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        implementations[name](0)
+        spin[name] = max(_SPIN_CYCLES[0], min(_SPIN_CYCLES[1], int(4e9 * (time.perf_counter() - start_s))))
     torch.cuda.synchronize()
     found: dict[str, list[float]] = {name: [] for name in order}
     end = time.perf_counter() + seconds
-    rounds = 0
+    rounds = turn = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
         shuffle.shuffle(order)
         for name in order:
+            turn += 1  # with every call: the one before may have left its own set in the caches
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(_SPIN_CYCLES)
+            torch.cuda._sleep(spin[name])
             start.record()
-            held = implementations[name](rounds % sets)
+            held = implementations[name](turn % sets)
             stop.record()
             stop.synchronize()
             del held

@@ -87,6 +87,24 @@ def test_what_cannot_be_judged_never_passes(tmp_path: Path) -> None:
     assert "broken.json: has content that cannot be read" in said
 
 
+def test_a_projects_own_bench_folder_is_not_taken_for_ours(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/__init__.py").write_text("raise RuntimeError")
+    benchmark_file(tmp_path / "base.json", 1.0)
+    code, said, _ = run_action(tmp_path, base="base.json", head="base.json")
+    assert code == 0, said
+
+
+def test_a_crash_is_not_called_slower(tmp_path: Path) -> None:
+    benchmark_file(tmp_path / "base.json", 1.0)
+    benchmark_file(tmp_path / "zero.json", 0.0)
+    code, said, written = run_action(tmp_path, base="base.json", head="zero.json")
+    assert (code, written["GITHUB_OUTPUT"]) == (2, "verdict=unknown\n")
+    assert "zero.json: bench/test_x.py::test_x has a median of 0.0" in said
+    code, _, written = run_action(tmp_path, base="base.json", head="base.json", junit="base.json/x.xml")
+    assert (code, written["GITHUB_OUTPUT"]) == (2, "verdict=unknown\n")
+
+
 def test_comparing_files_needs_python_alone(tmp_path: Path) -> None:
     for name in ("base", "head"):
         benchmark_file(tmp_path / f"{name}.json", 1.0)

@@ -215,7 +215,7 @@ def test_gate_pairs_two_sides_of_the_same_build() -> None:
     assert all(len(b) == len(h) >= gate.MIN_PAIRS for b, h in zip(pairs.base, pairs.head, strict=True))
     slow = gate.judge(gate.measure(ROOT, ROOT, "cpu", ["token_score_frames"], 0.2, THRESHOLD, slower=1.0), THRESHOLD)
     assert slow[0].verdict == SLOWER
-    with pytest.raises(ValueError, match="expected ops in common"):
+    with pytest.raises(ValueError, match="--op: has no_such_op, expected ops that can be measured"):
         gate.measure(ROOT, ROOT, "cpu", ["no_such_op"], 0.1, THRESHOLD)
 
 
