@@ -164,7 +164,6 @@ class Compiled(Baseline):
         return "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler on PATH"
 
     def prepare(self, op: Op, a: Arguments) -> Run:
-        torch.compiler.reset()
         return torch.compile(_eager(op), dynamic=False)
 
 
@@ -227,7 +226,6 @@ class Flex(Baseline):
     def prepare(self, op: Op, a: Arguments) -> Run:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        torch.compiler.reset()
         document = torch.repeat_interleave(torch.tensor(_lengths(a), device=a["q"].device))
         N = document.numel()
         mask = create_block_mask(
@@ -366,17 +364,14 @@ def _cos_sin(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Transformers(Baseline):
-    """Steps of transformers' port, video_llama_3: its rotary, SDPA sequence by sequence, its convolution, its merge."""
+    """Attention of transformers' port, video_llama_3: its rotary, then SDPA sequence by sequence."""
 
     name = "transformers"
-    ops = ("rope_attention", "patch_embed", "spatial_merge")
 
     def absent(self, device: str) -> str:
         return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
 
     def prepare(self, op: Op, a: Arguments) -> Run:
-        if op.name != "rope_attention":
-            return _conv_embed if op.name == "patch_embed" else _bilinear_merge
         from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotary_pos_emb_vision
 
         lengths = _lengths(a)
@@ -391,11 +386,15 @@ class Transformers(Baseline):
 
 
 class Released(Baseline):
-    """The released model's attention: rotary on fp32 copies, then SDPA under a dense mask over all frames."""
+    """The released model's steps: a convolution, rotary on fp32 copies and SDPA under a dense mask over all frames,
+    a bilinear resize. Its scores and its selection are those of plain torch."""
 
     name = "released"
+    ops = ("rope_attention", "patch_embed", "spatial_merge")
 
     def prepare(self, op: Op, a: Arguments) -> Run:
+        if op.name != "rope_attention":
+            return _conv_embed if op.name == "patch_embed" else _bilinear_merge
         lengths = _lengths(a)
 
         def run(a: Arguments) -> torch.Tensor:

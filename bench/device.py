@@ -23,6 +23,7 @@ import torch
 
 import hulukern
 from bench import ops, sweep
+from bench.baselines import BASELINES
 from bench.results import load_results, write_text
 from hulukern.backends import unavailable
 from hulukern.testing import harness
@@ -33,7 +34,7 @@ EXAMPLES = """examples:
   bench/device.sh --out bench/results/h100   where device.json, tests.txt and e2e.json go
   python -m bench device --device cpu        a rehearsal where there is no GPU
   python -m bench device --op token_score --no-tests --no-sanitizer
-  python -m bench run --suite ops --json bench/results/h100/device.json --resume    what there was no time for
+  python -m bench device --op rope_attention --baseline flex --baseline torch.compile --no-tests --no-sanitizer --no-sweep
 
 The tuning sweep takes what is left; its rows go to tuning.json in the folder of the results. Copied over
 hulukern/tuning.json they take effect.
@@ -112,7 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=default, help="folder for the results (default: $OUT)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal")
     parser.add_argument("--op", action="append", default=[], help="time these ops only", choices=list(hulukern.OPS))
-    parser.add_argument("--baseline", action="append", default=[], help="only this peer; none for none")
+    parser.add_argument(
+        "--baseline", action="append", default=[], help="only this peer (default: all that need not compile)"
+    )
     parser.add_argument("--seconds", type=float, default=0.4, help="measuring a group of suite ops (default: 0.4)")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-sanitizer", action="store_true")
@@ -134,7 +137,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
 
     cuda, out = options.device == "cuda", options.out
-    wanted = ops.Filter(ops=options.op, baselines=options.baseline)
+    quick = [peer.name for peer in BASELINES if not peer.compiles]
+    wanted = ops.Filter(ops=options.op, baselines=options.baseline or quick)
     wanted.check()
     suite = ops.Suite(out / "device.json", wanted, options.device)
     with ThreadPoolExecutor() as pool:
@@ -169,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
     notes = {name: found for name, found in more.items() if name != "failures"}
     print("\n".join(f"{name}: {found}" for name, found in notes.items()))
     if suite.left:
-        print(f"no time for {len(suite.left)} groups: python -m bench run --suite ops --json {suite.path} --resume")
+        print(f"no time for: {', '.join(map(str, suite.left))}")
     print(f"\n{suite.path}" + "".join(f"\nfailed: {f}" for f in failures))
     return 1 if failures else 0
 

@@ -169,6 +169,7 @@ def measure(
     """Rows of those that hold; ``reasons`` gets why another does not: "absent: …" where it cannot, "wrong: …" where
     its result is. Inputs change from call to call; ``warm``, between two only, which caches may hold."""
     op = hulukern.OPS[group.op].spec
+    torch.compiler.reset()  # each group compiles for its own shapes
     case, dtype = next(c for c in op.perf_cases if c.name == group.case), getattr(torch, group.dtype)
     sample = functools.partial(harness.sample, op, case, dtype, device)
     first = sample()
