@@ -34,7 +34,7 @@ EXAMPLES = """examples:
   bench/device.sh --out bench/results/h100   where device.json, tests.txt and e2e.json go
   python -m bench device --device cpu        a rehearsal where there is no GPU
   python -m bench device --op token_score --no-tests --no-sanitizer
-  python -m bench device --op rope_attention --baseline flex --baseline torch.compile --no-tests --no-sanitizer --no-sweep
+  python -m bench device --op rope_attention --baseline flex --baseline torch.compile --no-tests --no-sweep
 
 The tuning sweep takes what is left; its rows go to tuning.json in the folder of the results. Copied over
 hulukern/tuning.json they take effect.
@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal")
     parser.add_argument("--op", action="append", default=[], help="time these ops only", choices=list(hulukern.OPS))
     parser.add_argument(
-        "--baseline", action="append", default=[], help="only this peer (default: all that need not compile)"
+        "--baseline", action="append", default=[], help="this peer (default: all that need not compile)"
     )
     parser.add_argument("--seconds", type=float, default=0.4, help="measuring a group of suite ops (default: 0.4)")
     parser.add_argument("--no-tests", action="store_true")
