@@ -6,6 +6,7 @@ first of them; what depends on sequence lengths only (masks, the longest) is pre
 
 from __future__ import annotations
 
+import abc
 import functools
 import importlib.util
 import itertools
@@ -121,7 +122,7 @@ def _eager(op: Op) -> Run:
 # --- peers -----------------------------------------------------------------------------------------------------
 
 
-class Baseline:
+class Baseline(abc.ABC):
     """A peer. ``ops``: what it can do. ``prepare`` may raise, and then was absent for those arguments. ``compiles``:
     whether its first call takes long."""
 
@@ -133,8 +134,9 @@ class Baseline:
         """Why it cannot run here; empty when it can."""
         return ""
 
+    @abc.abstractmethod
     def prepare(self, op: Op, a: Arguments) -> Run:
-        raise NotImplementedError
+        """A call of the op for arguments of these shapes and lengths."""
 
 
 def _missing(package: str, device: str) -> str:

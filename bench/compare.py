@@ -99,19 +99,29 @@ def _foreign(path: Path, data: dict[str, Any]) -> Run:
     return Run(str(path), device, found)
 
 
-def compare(base: Run, head: Run, threshold: float) -> list[Finding]:
-    """Every measurement that both have, in the order of ``head``.
+def common(runs: Sequence[Run]) -> list[str]:
+    """What all of them measured, in the order of the last.
 
     Raises:
-        ValueError: the devices differ, or nothing is in both.
+        ValueError: the devices differ, or nothing is in all.
     """
-    if base.device != head.device:
-        raise ValueError(f"{head.source}: has times of {head.device!r}, expected {base.device!r} as {base.source}")
-    common = [name for name in head.measurements if name in base.measurements]
-    if not common:
-        raise ValueError(f"{head.source}: has no measurement that {base.source} has, expected some in common")
+    first, last = runs[0], runs[-1]
+    for run_ in runs:
+        if run_.device != first.device:
+            raise ValueError(
+                f"{run_.source}: has times of {run_.device!r}, expected {first.device!r} as {first.source}"
+            )
+    names = [name for name in last.measurements if all(name in run_.measurements for run_ in runs)]
+    if not names:
+        others = first.source if len(runs) == 2 else "all others"
+        raise ValueError(f"{last.source}: has no measurement that {others} has, expected some in common")
+    return names
+
+
+def compare(base: Run, head: Run, threshold: float) -> list[Finding]:
+    """Every measurement that both have. Raises as :func:`common`."""
     found = []
-    for name in common:
+    for name in common([base, head]):
         a, b = base.measurements[name], head.measurements[name]
         enough = min(len(a.samples), len(b.samples)) >= 5
         ratio = unpaired(a.samples, b.samples) if enough else of_intervals(a.timing, b.timing)
@@ -119,22 +129,18 @@ def compare(base: Run, head: Run, threshold: float) -> list[Finding]:
     return found
 
 
-def compare_pairs(runs: Sequence[tuple[Run, Run]], threshold: float) -> list[Finding]:
-    """Every measurement that all have, from the ratios of medians within each pair of runs, taken in turns.
+def compare_pairs(runs: Sequence[Run], threshold: float) -> list[Finding]:
+    """Base, head, base, head …, taken in turns: every measurement that all have, from the pairs' ratios of medians.
 
     Raises:
-        ValueError: as :func:`compare`, and for fewer than 6 pairs.
+        ValueError: as :func:`common`, and for fewer than 6 pairs.
     """
-    if len(runs) < MIN_PAIRS:
-        raise ValueError(f"files: have {len(runs)} pairs of base and head, expected 1 or at least {MIN_PAIRS}")
-    common = [{f.name for f in compare(base, head, threshold)} for base, head in runs]
-    names = [name for name in runs[0][1].measurements if all(name in found for found in common)]
-    if not names:
-        raise ValueError(f"{runs[0][1].source}: has no measurement that all files have, expected some in common")
+    if len(runs) // 2 < MIN_PAIRS:
+        raise ValueError(f"files: have {len(runs) // 2} pairs of base and head, expected 1 or at least {MIN_PAIRS}")
     found = []
-    for name in names:
-        medians = [[run.measurements[name].timing.median for run in pair] for pair in runs]
-        ratio = paired(*([pair[side] for pair in medians] for side in (0, 1)))
+    for name in common(runs):
+        medians = [run_.measurements[name].timing.median for run_ in runs]
+        ratio = paired(medians[::2], medians[1::2])
         found.append(Finding(name, ratio, ratio.verdict(threshold)))
     return found
 
@@ -228,8 +234,10 @@ def run(options: argparse.Namespace) -> int:
     if len(options.files) % 2:
         raise ValueError(f"files: have {len(options.files)}, expected a base and a head for each pair")
     loaded = [load(path) for path in options.files]
-    runs = list(zip(loaded[::2], loaded[1::2], strict=True))
-    findings = compare(*runs[0], options.threshold) if len(runs) == 1 else compare_pairs(runs, options.threshold)
+    if len(loaded) == 2:
+        findings = compare(loaded[0], loaded[1], options.threshold)
+    else:
+        findings = compare_pairs(loaded, options.threshold)
     judged = {f.name for f in findings}
     for run_ in loaded:
         alone = [n for n in run_.measurements if n not in judged]

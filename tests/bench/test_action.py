@@ -105,6 +105,17 @@ def test_a_crash_is_not_called_slower(tmp_path: Path) -> None:
     assert (code, written["GITHUB_OUTPUT"]) == (2, "verdict=unknown\n")
 
 
+def test_pairs_of_another_device_are_refused(tmp_path: Path) -> None:
+    for i in range(6):
+        benchmark_file(tmp_path / f"base-{i}.json", 1.0)
+        benchmark_file(tmp_path / f"head-{i}.json", 1.0)
+    for name in ("base-5.json", "head-5.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace('"c"', '"another"'))
+    code, said, _ = run_action(tmp_path, base="base-*.json", head="head-*.json")
+    assert code == 2
+    assert "base-5.json: has times of 'another, 2 cores'" in said
+
+
 def test_comparing_files_needs_python_alone(tmp_path: Path) -> None:
     for name in ("base", "head"):
         benchmark_file(tmp_path / f"{name}.json", 1.0)
