@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import hulukern
 from bench import baselines, report
 from bench.__main__ import COMMANDS
 from bench.results import check, load_results, row, write_results
-from bench.timing import Timing, interleave, summarize
+from bench.timing import Timing, interleave, interleave_cuda, summarize
 from hulukern.pruning import RULES, prune_frames
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +129,38 @@ def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     from bench.device import smallest_of_each
 
     smallest_of_each("cpu")
+
+
+def test_what_runs_too_long_is_stopped_with_its_children(tmp_path: Path) -> None:
+    from bench.device import _capture
+
+    left = tmp_path / "left"
+    text, code = _capture(["bash", "-c", f"echo begun; (sleep 2; touch {left}) & sleep 60"], 0.5, dict(os.environ))
+    assert code == 124
+    assert text.splitlines()[0] == "begun"
+    assert "stopped after" in text
+    time.sleep(2.5)
+    assert not left.exists(), "a child went on"
+
+
+def test_no_two_calls_on_a_gpu_share_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would find in the caches what the first left there."""
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, _: object) -> float:
+            return 1.0
+
+    for name, stand_in in (("Event", Event), ("synchronize", lambda: None), ("_sleep", lambda _: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    sets: list[int] = []
+    rounds = interleave_cuda({"a": sets.append, "b": sets.append, "c": sets.append}, sets=4, seconds=0.0)
+    timed = sets[-sum(len(v) for v in rounds.seconds.values()) :]
+    assert len(timed) == 21
+    assert all(x != y for x, y in itertools.pairwise(timed))
+    assert set(timed) == {0, 1, 2, 3}
 
 
 def test_device_script_is_valid_shell() -> None:

@@ -2,7 +2,8 @@
 # What the action runs, its inputs in the environment. Comparing files needs Python 3.11 and nothing else.
 set -uo pipefail
 summary=$(mktemp)
-options=(--threshold "$THRESHOLD" --markdown "$summary" --junit "$(realpath -m "$JUNIT")")
+case $JUNIT in /*) ;; *) JUNIT=$PWD/$JUNIT ;; esac
+options=(--threshold "$THRESHOLD" --markdown "$summary" --junit "$JUNIT")
 if [ -n "$CHECKOUT" ]; then
   for op in $OPS; do options+=(--op "$op"); done
   if cd "$CHECKOUT" && make --silent build; then
