@@ -263,7 +263,7 @@ def _pruning(data: dict[str, Any]) -> str:
         for p in group:
             o = found[name, p["rule"]]
             caption = f"{p['rule']}: {o['after']} of {o['before']} tokens, {100 * o['reduction']:.1f} % removed"
-            image = f'<img alt="{markup.escape(caption)}" src="data:image/jpeg;base64,{p["jpeg"]}">'
+            image = f'<img alt="{markup.escape(caption)}" src="data:image/jpeg;base64,{markup.escape(p["jpeg"])}">'
             sheets.append(f"<figure>{image}<figcaption>{markup.escape(caption)}</figcaption></figure>")
     rules = "".join(f"<li><b>{r.name}</b> ({r.units}): {markup.escape(r.summary)}</li>" for r in RULES.values())
     return f"""<h2>Reduction against the 55 % target</h2>{figures.reduction(data["pruning"])}
