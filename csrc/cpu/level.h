@@ -14,7 +14,7 @@ int check_cpu_level(const char* op);
 
 }  // namespace hk
 
-// The last two levels differ from avx512 in products of bf16 only: ops without such products stop at avx512.
+// AMX knows products only: ops without them stop at avx512_bf16, whose conversions to bf16 are one instruction.
 #ifdef HK_CPU_X86_LEVELS
 #define HK_DECLARE_CPU(function, Args) \
   namespace hk::baseline {             \
@@ -25,31 +25,30 @@ int check_cpu_level(const char* op);
   }                                    \
   namespace hk::avx512 {               \
   int function(const Args&);           \
+  }                                    \
+  namespace hk::avx512_bf16 {          \
+  int function(const Args&);           \
   }
-#define HK_DISPATCH_CPU(function, args)                                 \
-  (hk::cpu_level() >= hk::CpuLevel::avx512 ? hk::avx512::function(args) \
-   : hk::cpu_level() == hk::CpuLevel::avx2 ? hk::avx2::function(args)   \
-                                           : hk::baseline::function(args))
-#define HK_DECLARE_CPU_BF16(function, Args) \
-  HK_DECLARE_CPU(function, Args)            \
-  namespace hk::avx512_bf16 {               \
-  int function(const Args&);                \
-  }                                         \
-  namespace hk::amx {                       \
-  int function(const Args&);                \
+#define HK_DISPATCH_CPU(function, args)                                           \
+  (hk::cpu_level() >= hk::CpuLevel::avx512_bf16 ? hk::avx512_bf16::function(args) \
+   : hk::cpu_level() == hk::CpuLevel::avx512    ? hk::avx512::function(args)      \
+   : hk::cpu_level() == hk::CpuLevel::avx2      ? hk::avx2::function(args)        \
+                                                : hk::baseline::function(args))
+#define HK_DECLARE_CPU_PRODUCTS(function, Args) \
+  HK_DECLARE_CPU(function, Args)                \
+  namespace hk::amx {                           \
+  int function(const Args&);                    \
   }
-#define HK_DISPATCH_CPU_BF16(function, args)                                        \
-  (hk::cpu_level() == hk::CpuLevel::amx           ? hk::amx::function(args)         \
-   : hk::cpu_level() == hk::CpuLevel::avx512_bf16 ? hk::avx512_bf16::function(args) \
-                                                  : HK_DISPATCH_CPU(function, args))
+#define HK_DISPATCH_CPU_PRODUCTS(function, args) \
+  (hk::cpu_level() == hk::CpuLevel::amx ? hk::amx::function(args) : HK_DISPATCH_CPU(function, args))
 #else
 #define HK_DECLARE_CPU(function, Args) \
   namespace hk::baseline {             \
   int function(const Args&);           \
   }
 #define HK_DISPATCH_CPU(function, args) (hk::baseline::function(args))
-#define HK_DECLARE_CPU_BF16 HK_DECLARE_CPU
-#define HK_DISPATCH_CPU_BF16 HK_DISPATCH_CPU
+#define HK_DECLARE_CPU_PRODUCTS HK_DECLARE_CPU
+#define HK_DISPATCH_CPU_PRODUCTS HK_DISPATCH_CPU
 #endif
 
 // The CUDA launcher behind an op's arguments: checks what only it needs, launches, returns an hk_status.
@@ -62,9 +61,9 @@ int check_cpu_level(const char* op);
 #ifdef HK_WITH_CUDA
 #define HK_DISPATCH(function, args) \
   (exec->device == HK_CUDA ? hk::function##_cuda(args, exec->stream) : HK_DISPATCH_CPU(function, args))
-#define HK_DISPATCH_BF16(function, args) \
-  (exec->device == HK_CUDA ? hk::function##_cuda(args, exec->stream) : HK_DISPATCH_CPU_BF16(function, args))
+#define HK_DISPATCH_PRODUCTS(function, args) \
+  (exec->device == HK_CUDA ? hk::function##_cuda(args, exec->stream) : HK_DISPATCH_CPU_PRODUCTS(function, args))
 #else
 #define HK_DISPATCH HK_DISPATCH_CPU
-#define HK_DISPATCH_BF16 HK_DISPATCH_CPU_BF16
+#define HK_DISPATCH_PRODUCTS HK_DISPATCH_CPU_PRODUCTS
 #endif

@@ -118,7 +118,7 @@ extern "C" int hk_rope_attention(const hk_exec* exec, const hk_tensor* q, const 
   HK_RETURN_IF_ERROR(read_attention(op, exec, q, k, v, positions_q, positions_k, cu_seqlens_q, cu_seqlens_k, out, lse,
                                     rope, scale, &args));
   HK_RETURN_IF_ERROR(check_rotated(op, "k_rotated", exec, k_rotated, k, &args.k_rotated));
-  return HK_DISPATCH_BF16(rope_attention, args);
+  return HK_DISPATCH_PRODUCTS(rope_attention, args);
 }
 
 extern "C" int hk_rope_attention_backward(const hk_exec* exec, const hk_tensor* grad, const hk_tensor* q,
@@ -142,7 +142,7 @@ extern "C" int hk_rope_attention_backward(const hk_exec* exec, const hk_tensor* 
   HK_RETURN_IF_ERROR(check_heads(op, "grad_v", grad_v, q->dtype, k->shape, "NAD", &args.grad_v));
   HK_RETURN_IF_ERROR(check_like(op, "delta", delta, HK_F32, 2, lse->shape, "AN", 2));
   args.delta = static_cast<float*>(delta->data);
-  return HK_DISPATCH_BF16(rope_attention_backward, args);
+  return HK_DISPATCH_PRODUCTS(rope_attention_backward, args);
 }
 
 extern "C" int hk_rope_attention_rotate(const hk_exec* exec, const hk_tensor* x, const hk_tensor* positions,

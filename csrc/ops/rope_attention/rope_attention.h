@@ -54,8 +54,8 @@ struct RopeAttentionRotateArgs {
 
 }  // namespace hk
 
-HK_DECLARE_CPU_BF16(rope_attention, hk::RopeAttentionArgs)
-HK_DECLARE_CPU_BF16(rope_attention_backward, hk::RopeAttentionBackwardArgs)
+HK_DECLARE_CPU_PRODUCTS(rope_attention, hk::RopeAttentionArgs)
+HK_DECLARE_CPU_PRODUCTS(rope_attention_backward, hk::RopeAttentionBackwardArgs)
 HK_DECLARE_CPU(rope_attention_rotate, hk::RopeAttentionRotateArgs)
 HK_DECLARE_CUDA(rope_attention, hk::RopeAttentionArgs)
 HK_DECLARE_CUDA(rope_attention_backward, hk::RopeAttentionBackwardArgs)
