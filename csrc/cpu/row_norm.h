@@ -19,9 +19,12 @@ HK_INLINE float square_root(float x) {
 
 // Of a row of E values whose sum is known. The variance is taken about the mean: a mean far from zero would
 // cost E[x^2] - mean^2 its digits.
-HK_INLINE Statistics statistics(const float* row, float sum, int64_t E, float eps) {
+// `beside(i)` is called per stretch, to fetch what comes next.
+template <class T, class Beside>
+HK_INLINE Statistics statistics(const T* row, float sum, int64_t E, float eps, Beside beside) {
   const float mean = sum / static_cast<float>(E);
   const f32x16 squares = sum_stretches(E, [&](int64_t i, int64_t n) {
+    beside(i);
     const f32x16 d = load(row + i, n) - mean;
     if (n == kLanes) return d * d;
     float part[kLanes] = {};  // beyond the row d is -mean

@@ -1,5 +1,5 @@
-// layer_norm on the CPU, a row at a time. The row is read once, kept in fp32 in L1, and passed over three
-// times there: the sum and its mean, the variance about that mean, the result.
+// layer_norm on the CPU, a row at a time. The row is read once and passed over three times in L1, in its own
+// dtype: the sum and its mean, the variance about that mean, the result. The next row is fetched meanwhile.
 //
 // The backward's columns (gradients of weight and bias) are summed per stretch of rows, then over the
 // stretches in order: the bits depend on the stretches, which the shape fixes, and not on the threads.
@@ -14,29 +14,29 @@ using hk::LayerNormArgs;
 using hk::LayerNormBackwardArgs;
 
 template <class T>
-void forward_row(const LayerNormArgs& a, int64_t row, const float* weight, const float* bias, float* s) {
-  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+void forward_row(const LayerNormArgs& a, int64_t row, const float* weight, const float* bias) {
+  const T *x = static_cast<const T*>(a.x) + row * a.x_stride, *next = x + a.x_stride;
   T* y = static_cast<T*>(a.y) + row * a.y_stride;
-  const T* residual = nullptr;
-  T* summed = nullptr;
+  const T *residual = nullptr, *next_residual = x;
+  f32x16 sum;
   if (a.residual != nullptr) {
     residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
-    summed = static_cast<T*>(a.summed) + row * a.summed_stride;
+    next_residual = residual + a.residual_stride;
+    T* summed = static_cast<T*>(a.summed) + row * a.summed_stride;
+    sum = sum_stretches(a.E, [&](int64_t i, int64_t n) {
+      store(summed + i, load(x + i, n) + load(residual + i, n), n);
+      return load(summed + i, n);
+    });
+    x = summed;
+  } else {
+    sum = sum_stretches(a.E, [&](int64_t i, int64_t n) { return load(x + i, n); });
   }
-  const f32x16 sum = sum_stretches(a.E, [&](int64_t i, int64_t n) {
-    f32x16 v = load(x + i, n);
-    if (residual != nullptr) {
-      store(summed + i, v + load(residual + i, n), n);
-      v = load(summed + i, n);
-    }
-    store(s + i, v);
-    return v;
-  });
-  const Statistics z = statistics(s, total(sum), a.E, a.eps);
+  const Statistics z = statistics(x, total(sum), a.E, a.eps, [&](int64_t i) { fetch(next + i); });
   a.mean[row] = z.mean;
   a.rstd[row] = z.rstd;
   each_stretch(a.E, [&](int64_t i, int64_t n) {
-    store(y + i, (load(s + i) - z.mean) * z.rstd * load(weight + i) + load(bias + i), n);
+    fetch(next_residual + i);
+    store(y + i, (load(x + i, n) - z.mean) * z.rstd * load(weight + i) + load(bias + i), n);
   });
 }
 
@@ -47,18 +47,10 @@ int forward(const LayerNormArgs& a) {
   float* bias = weight + (a.E + kLanes - 1) / kLanes * kLanes;
   to_floats(weight, a.weight, a.weight_dtype, a.E);
   to_floats(bias, a.bias, a.weight_dtype, a.E);
-  int out_of_memory = 0;
-#pragma omp parallel num_threads(a.num_threads) reduction(| : out_of_memory)
-  {
-    float* s = allocate_floats(a.E);
-    out_of_memory = s == nullptr;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.N; ++row)
-      if (!out_of_memory) forward_row<T>(a, row, weight, bias, s);
-    free(s);
-  }
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
+  for (int64_t row = 0; row < a.N; ++row) forward_row<T>(a, row, weight, bias);
   free(weight);
-  return out_of_memory ? HK_OUT_OF_MEMORY : HK_OK;
+  return HK_OK;
 }
 
 template <class T>

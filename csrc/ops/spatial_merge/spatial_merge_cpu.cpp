@@ -10,38 +10,28 @@ using hk::SpatialMergeArgs;
 using hk::SpatialMergeBackwardArgs;
 
 template <class T>
-void merge_cell(const SpatialMergeArgs& a, int64_t k, const float* weight, const float* bias, float* s, float* sum) {
+void merge_cell(const SpatialMergeArgs& a, int64_t k, const float* weight, const float* bias) {
   const T *rows = static_cast<const T*>(a.x), *x = rows + (a.keep ? a.keep[k] : k) * a.area * a.x_stride;
   const T* next_cell = rows + (a.keep && k + 1 < a.K ? a.keep[k + 1] : k + 1) * a.area * a.x_stride;
-  for (int64_t r = 0; r < a.area; ++r, x += a.x_stride) {
-    const T* next = r + 1 < a.area ? x + a.x_stride : next_cell;
-    if (weight == nullptr) {
-      each_stretch(a.E, [&](int64_t i, int64_t n) {
-        fetch(next + i);
-        const f32x16 v = load(x + i, n);
-        store(sum + i, r == 0 ? v : load(sum + i) + v);
-      });
-      continue;
-    }
-    const f32x16 all = sum_stretches(a.E, [&](int64_t i, int64_t n) {
-      fetch(next + i);
-      const f32x16 v = load(x + i, n);
-      store(s + i, v);
-      return v;
-    });
-    const Statistics z = statistics(s, total(all), a.E, a.eps);
-    a.mean[k * a.area + r] = z.mean;
-    a.rstd[k * a.area + r] = z.rstd;
-    each_stretch(a.E, [&](int64_t i, int64_t) {
-      const f32x16 v = (load(s + i) - z.mean) * z.rstd;
-      store(sum + i, r == 0 ? v : load(sum + i) + v);
-    });
-  }
   T* out = static_cast<T*>(a.out) + k * a.out_stride;
   const float each = 1.0f / static_cast<float>(a.area);
+  float *mean = a.mean + k * a.area, *rstd = a.rstd + k * a.area;
+  for (int64_t r = 0; r < a.area && weight != nullptr; ++r) {
+    const T *row = x + r * a.x_stride, *next = next_cell + r * a.x_stride;
+    const f32x16 sum = sum_stretches(a.E, [&](int64_t i, int64_t n) { return load(row + i, n); });
+    const Statistics z = statistics(row, total(sum), a.E, a.eps, [&](int64_t i) { fetch(next + i); });
+    mean[r] = z.mean;
+    rstd[r] = z.rstd;
+  }
   each_stretch(a.E, [&](int64_t i, int64_t n) {
-    const f32x16 v = load(sum + i) * each;
-    store(out + i, weight ? v * load(weight + i) + load(bias + i) : v, n);
+    f32x16 sum = {};
+    for (int64_t r = 0; r < a.area; ++r) {
+      const f32x16 v = load(x + r * a.x_stride + i, n);
+      if (weight == nullptr) fetch(next_cell + r * a.x_stride + i);
+      sum += weight ? (v - mean[r]) * rstd[r] : v;
+    }
+    sum *= each;
+    store(out + i, weight ? sum * load(weight + i) + load(bias + i) : sum, n);
   });
 }
 
@@ -56,18 +46,10 @@ int forward(const SpatialMergeArgs& a) {
     to_floats(weight, a.weight, a.weight_dtype, a.E);
     to_floats(bias, a.bias, a.weight_dtype, a.E);
   }
-  int out_of_memory = 0;
-#pragma omp parallel num_threads(a.num_threads) reduction(| : out_of_memory)
-  {
-    float* s = allocate_floats(2 * row);
-    out_of_memory = s == nullptr;
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < a.K; ++k)
-      if (!out_of_memory) merge_cell<T>(a, k, weight, bias, s, s + row);
-    free(s);
-  }
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
+  for (int64_t k = 0; k < a.K; ++k) merge_cell<T>(a, k, weight, bias);
   free(weight);
-  return out_of_memory ? HK_OUT_OF_MEMORY : HK_OK;
+  return HK_OK;
 }
 
 template <class T>
