@@ -5,10 +5,6 @@
 
 namespace {
 
-struct Statistics {
-  float mean, rstd;
-};
-
 HK_INLINE float square_root(float x) {
 #ifdef HK_CPU_X86_LEVELS
   return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
@@ -17,12 +13,18 @@ HK_INLINE float square_root(float x) {
 #endif
 }
 
-// Of a row of E values whose sum is known. The variance is taken about the mean: a mean far from zero would
-// cost E[x^2] - mean^2 its digits.
-// `beside(i)` is called per stretch, to fetch what comes next.
+// Of a row of E values. `beside(i)` is called per stretch, to fetch what comes next.
 template <class T, class Beside>
-HK_INLINE Statistics statistics(const T* row, float sum, int64_t E, float eps, Beside beside) {
-  const float mean = sum / static_cast<float>(E);
+HK_INLINE float mean_of(const T* row, int64_t E, Beside beside) {
+  const f32x16 sum = sum_stretches(E, [&](int64_t i, int64_t n) {
+    beside(i);
+    return load(row + i, n);
+  });
+  return total(sum) / static_cast<float>(E);
+}
+// The variance is taken about the mean: a mean far from zero would cost E[x^2] - mean^2 its digits.
+template <class T, class Beside>
+HK_INLINE float rstd_of(const T* row, float mean, int64_t E, float eps, Beside beside) {
   const f32x16 squares = sum_stretches(E, [&](int64_t i, int64_t n) {
     beside(i);
     const f32x16 d = load(row + i, n) - mean;
@@ -31,7 +33,7 @@ HK_INLINE Statistics statistics(const T* row, float sum, int64_t E, float eps, B
     store(part, d * d, n);
     return load(part);
   });
-  return {mean, 1.0f / square_root(total(squares) / static_cast<float>(E) + eps)};
+  return 1.0f / square_root(total(squares) / static_cast<float>(E) + eps);
 }
 
 // partial [B, n]: adds all to the first, in order.

@@ -17,26 +17,27 @@ template <class T>
 void forward_row(const LayerNormArgs& a, int64_t row, const float* weight, const float* bias) {
   const T *x = static_cast<const T*>(a.x) + row * a.x_stride, *next = x + a.x_stride;
   T* y = static_cast<T*>(a.y) + row * a.y_stride;
-  const T *residual = nullptr, *next_residual = x;
-  f32x16 sum;
-  if (a.residual != nullptr) {
-    residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
-    next_residual = residual + a.residual_stride;
+  const T* next_residual = x;
+  float mean;
+  if (a.residual == nullptr) {
+    mean = mean_of(x, a.E, [](int64_t) {});
+  } else {
+    const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
     T* summed = static_cast<T*>(a.summed) + row * a.summed_stride;
-    sum = sum_stretches(a.E, [&](int64_t i, int64_t n) {
+    const f32x16 sum = sum_stretches(a.E, [&](int64_t i, int64_t n) {
       store(summed + i, load(x + i, n) + load(residual + i, n), n);
       return load(summed + i, n);
     });
+    mean = total(sum) / static_cast<float>(a.E);
+    next_residual = residual + a.residual_stride;
     x = summed;
-  } else {
-    sum = sum_stretches(a.E, [&](int64_t i, int64_t n) { return load(x + i, n); });
   }
-  const Statistics z = statistics(x, total(sum), a.E, a.eps, [&](int64_t i) { fetch(next + i); });
-  a.mean[row] = z.mean;
-  a.rstd[row] = z.rstd;
+  const float rstd = rstd_of(x, mean, a.E, a.eps, [&](int64_t i) { fetch(next + i); });
+  a.mean[row] = mean;
+  a.rstd[row] = rstd;
   each_stretch(a.E, [&](int64_t i, int64_t n) {
     fetch(next_residual + i);
-    store(y + i, (load(x + i, n) - z.mean) * z.rstd * load(weight + i) + load(bias + i), n);
+    store(y + i, (load(x + i, n) - mean) * rstd * load(weight + i) + load(bias + i), n);
   });
 }
 
