@@ -15,6 +15,8 @@ using hk::RopeAttentionArgs;
 
 constexpr int64_t kBlock = 256;  // keys: 128 is 13 % slower, 512 the same (D = 72, 256 to 4096 tokens, tiles)
 
+constexpr int64_t kNextBytes = 1 << 19;  // of L2 for what comes next
+
 template <class Unit>
 struct Scratch {
   Unit *keys, *values, *query, *weights;
@@ -52,21 +54,31 @@ HK_INLINE bool any_differs(f32x16 a, f32x16 b) {
 #endif
 }
 
-// Four rows at a time: a maximum has 4 cycles of latency.
-HK_INLINE void column_maxima(const float* logits, int64_t n, f32x16* most) {
+// Maxima of n keys, and sums: finite unless one is not (or their sum is beyond fp32).
+// Four rows at a time: a maximum has 4 cycles of latency. The sums are free, the loads set the pace.
+HK_INLINE void column_maxima(const float* logits, int64_t n, f32x16* most, f32x16* sum) {
   const f32x16 least = splat(-__builtin_inff());
-  f32x16 x[4][2] = {{least, least}, {least, least}, {least, least}, {least, least}};
+  f32x16 x[4][2] = {{least, least}, {least, least}, {least, least}, {least, least}}, s[4][2] = {};
+  const auto take = [&](int r, int h, const float* at) {
+    const f32x16 v = load(at);
+    x[r][h] = larger(v, x[r][h]);
+    s[r][h] += v;
+  };
   int64_t i = 0;
   for (; i + 4 <= n; i += 4)
     for (int r = 0; r < 4; ++r)
-      for (int h = 0; h < 2; ++h) x[r][h] = larger(load(logits + (i + r) * kTileLanes + 16 * h), x[r][h]);
+      for (int h = 0; h < 2; ++h) take(r, h, logits + (i + r) * kTileLanes + 16 * h);
   for (; i < n; ++i)
-    for (int h = 0; h < 2; ++h) x[0][h] = larger(load(logits + i * kTileLanes + 16 * h), x[0][h]);
-  for (int h = 0; h < 2; ++h) most[h] = larger(larger(x[0][h], x[1][h]), larger(x[2][h], x[3][h]));
+    for (int h = 0; h < 2; ++h) take(0, h, logits + i * kTileLanes + 16 * h);
+  for (int h = 0; h < 2; ++h) {
+    most[h] = larger(larger(x[0][h], x[1][h]), larger(x[2][h], x[3][h]));
+    sum[h] = (s[0][h] + s[1][h]) + (s[2][h] + s[3][h]);
+  }
 }
 
 // exp2(logits * c - maximum * c) of n keys to weights, their sum to `sum`.
-HK_INLINE void weigh(float* weights, const float* logits, int64_t n, float c, const f32x16* base, f32x16* sum) {
+HK_INLINE void weigh(float* weights, const float* logits, int64_t n, float c, const f32x16* base, f32x16* sum,
+                     const f32x16*) {
   for (int64_t i = 0; i < n; ++i)
     for (int h = 0; h < 2; ++h) {
       const f32x16 p = exp2<6>(multiply_add(load(logits + i * kTileLanes + 16 * h), splat(c), -base[h]));
@@ -77,25 +89,82 @@ HK_INLINE void weigh(float* weights, const float* logits, int64_t n, float c, co
 }
 
 #ifdef __AVX512BF16__
-HK_INLINE void weigh(Pair* weights, const float* logits, int64_t n, float c, const f32x16* base, f32x16* sum) {
-  for (int64_t i = 0; i < n; i += 2)
+// exp2 of two keys' exponents at once in words of fixed point, exact to the rounding to bf16: half the time of
+// exp2<3> and a conversion. An exponent x in [-31, 0] is (x + 15) 2^11 as a signed word, less than that is -31; its low
+// 11 bits are the fraction f, and 2^f = 1 + f - f (1 - f) (k0 + k1 f) within 2e-4. A bf16 is the same with 7 bits of
+// fraction, apart from the bias of its exponent.
+struct WordExp2 {
+  static constexpr float kUnit = 0x1p11f, kMagic = 0x1.8p23f;  // adding kMagic leaves an integer in the low bits
+  static constexpr float kMost = 1000.0f;                      // |base| at which 2^-11 of the exponent still counts
+  float c;
+  f32x16 low_base[2], high_base[2];
+
+  HK_INLINE WordExp2(float c, const f32x16* base) : c(c) {
+    for (int h = 0; h < 2; ++h) {
+      low_base[h] = (15.0f - base[h]) * kUnit + kMagic;
+      high_base[h] = (15.0f - base[h]) * (kUnit * 0x1p16f);
+    }
+  }
+  // Logits of two keys of lanes 16 h .. to pairs of weights.
+  HK_INLINE __m512i operator()(f32x16 low, f32x16 high, int h) const {
+    const auto words = [](int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); };
+    const f32x16 in_low = larger(splat(kMagic - 32768.0f), multiply_add(low, splat(c * kUnit), low_base[h]));
+    const f32x16 in_high = multiply_add(high, splat(c * (kUnit * 0x1p16f)), high_base[h]);  // saturates at -2^31
+    const __m512i x = _mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret_cast<__m512i>(in_low),
+                                              _mm512_cvtps_epi32(reinterpret_cast<__m512>(in_high)));
+    const __m512i f = _mm512_slli_epi16(x, 5), rest = _mm512_sub_epi16(_mm512_setzero_si512(), f);  // of 2^16
+    const __m512i k = _mm512_add_epi16(_mm512_mulhi_epu16(f, words(160)), words(624));              // of 2^11
+    const __m512i power = _mm512_sub_epi16(x, _mm512_mulhi_epu16(_mm512_mulhi_epu16(f, rest), k));
+    return _mm512_add_epi16(_mm512_mulhrs_epi16(power, words(1 << 11)), words((127 - 15) << 7));  // 11 bits to 7
+  }
+};
+
+template <class Exponentials>
+HK_INLINE void weigh_pairs(Pair* weights, const float* logits, int64_t n, f32x16* sum, Exponentials of) {
+  const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
+  const auto put = [&](int64_t i, int h, __m512i pairs) {
+    sum[h] = reinterpret_cast<f32x16>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[h]), reinterpret_cast<__m512bh>(pairs), ones));
+    _mm512_storeu_si512(weights + i / 2 * kTileLanes + 16 * h, pairs);
+  };
+  int64_t i = 0;
+  for (; i + 2 <= n; i += 2)
     for (int h = 0; h < 2; ++h) {
       const float* at = logits + i * kTileLanes + 16 * h;
-      const f32x16 p = exp2<3>(multiply_add(load(at), splat(c), -base[h]));
-      f32x16 q = {};
-      if (i + 1 < n) q = exp2<3>(multiply_add(load(at + kTileLanes), splat(c), -base[h]));
-      sum[h] += p + q;
-      _mm512_storeu_si512(weights + i / 2 * kTileLanes + 16 * h, to_pairs(p, q));
+      put(i, h, of(load(at), load(at + kTileLanes), h));
+    }
+  if (i < n)
+    for (int h = 0; h < 2; ++h) {
+      const f32x16 last = load(logits + i * kTileLanes + 16 * h);
+      put(i, h, _mm512_maskz_mov_epi16(0x55555555u, of(last, last, h)));
     }
   const int64_t pairs = (n + 1) / 2, whole = round_up(n, 32) / 2;
   memset(weights + pairs * kTileLanes, 0, static_cast<size_t>((whole - pairs) * kTileLanes) * sizeof(Pair));
+}
+
+HK_INLINE bool all_within(const f32x16* x, float most) {
+  const __m512 bound = _mm512_set1_ps(most);
+  return (_mm512_cmp_ps_mask(_mm512_abs_ps(reinterpret_cast<__m512>(x[0])), bound, _CMP_LE_OQ) &
+          _mm512_cmp_ps_mask(_mm512_abs_ps(reinterpret_cast<__m512>(x[1])), bound, _CMP_LE_OQ)) == 0xffff;
+}
+
+// Sums are of the rounded weights, so that rounding them shifts no mean.
+HK_INLINE void weigh(Pair* weights, const float* logits, int64_t n, float c, const f32x16* base, f32x16* sum,
+                     const f32x16* sum_of_logits) {
+  if (all_within(base, WordExp2::kMost) && all_within(sum_of_logits, __FLT_MAX__)) {
+    weigh_pairs(weights, logits, n, sum, WordExp2(c, base));
+    return;
+  }
+  weigh_pairs(weights, logits, n, sum, [&](f32x16 low, f32x16 high, int h) {
+    return to_pairs(exp2<3>(multiply_add(low, splat(c), -base[h])), exp2<3>(multiply_add(high, splat(c), -base[h])));
+  });
 }
 #endif
 
 template <class T, class Unit>
 void attend_tile(const RopeAttentionArgs& a, const Depth<Unit>& depth, Scratch<Unit>& s, const Turns& turns,
-                 int64_t head, int64_t first, int64_t n, int64_t n_keys) {
-  read_rows<T>(s.rows, depth.stride(), a.q, head, first, n, a.D);
+                 int64_t head, int64_t first, int64_t n, int64_t n_keys, const T* later) {
+  read_rows<T>(s.rows, depth.stride(), a.q, head, first, n, a.D, later);
   turn_rows(s.rows, depth.stride(), n, a.rope, turns, first, 1.0f);
   put_lanes(s.query, depth, s.rows, s.spare);
   const float c = a.scale * 1.44269504f;
@@ -103,8 +172,8 @@ void attend_tile(const RopeAttentionArgs& a, const Depth<Unit>& depth, Scratch<U
   for (int64_t key = 0; key < n_keys; key += kBlock) {
     const int64_t keys = n_keys - key < kBlock ? n_keys - key : kBlock;
     product<false>(s.logits, round_up(keys, 16), 16, depth.rows_from(s.keys, key), s.query);
-    f32x16 most[2], base[2], shrink[2];
-    column_maxima(s.logits, keys, most);
+    f32x16 most[2], sum_of_logits[2], base[2], shrink[2];
+    column_maxima(s.logits, keys, most, sum_of_logits);
     bool grew = false;
     for (int h = 0; h < 2; ++h) {
       most[h] = larger(most[h], maximum[h]);
@@ -114,7 +183,7 @@ void attend_tile(const RopeAttentionArgs& a, const Depth<Unit>& depth, Scratch<U
       maximum[h] = most[h];
       sum[h] *= shrink[h];
     }
-    weigh(s.weights, s.logits, keys, c, base, sum);
+    weigh(s.weights, s.logits, keys, c, base, sum, sum_of_logits);
     const Operand<Unit> values = depth.columns_from(s.values, key, keys);
     if (key == 0) {
       product<false>(s.out, depth.rows, depth.height, values, s.weights);
@@ -147,12 +216,28 @@ void attend_to_nothing(const RopeAttentionArgs& a, int64_t head, int64_t first, 
   }
 }
 
+// Queries begin .. end of one head of one sequence, and its keys.
+struct Work {
+  int64_t head, begin, end, key, n_keys;
+
+  Work(const RopeAttentionArgs& a, int64_t unit, int64_t groups) {
+    const int64_t sequence = unit / groups / a.A, group = unit % groups;
+    const int64_t q = a.cu_seqlens_q[sequence], n_q = a.cu_seqlens_q[sequence + 1] - q;
+    const int64_t each = round_up((n_q + groups - 1) / groups, kTileLanes);
+    head = unit / groups % a.A;
+    begin = q + (group * each < n_q ? group * each : n_q);
+    end = begin + each < q + n_q ? begin + each : q + n_q;
+    key = a.cu_seqlens_k[sequence];
+    n_keys = a.cu_seqlens_k[sequence + 1] - key;
+  }
+};
+
 template <class T, class Unit>
 int attend(const RopeAttentionArgs& a) {
   const Depth<Unit> depth(a.D);
   const TurnTable table(a);
   if (table.data == nullptr) return HK_OUT_OF_MEMORY;
-  const int64_t units = a.S * a.A, groups = groups_of(longest(a.cu_seqlens_q, a.S), units, a.num_threads);
+  const int64_t groups = groups_of(longest(a.cu_seqlens_q, a.S), a.S * a.A, a.num_threads), units = a.S * a.A * groups;
   int out_of_memory = 0;
 #pragma omp parallel num_threads(a.num_threads) reduction(| : out_of_memory)
   {
@@ -161,29 +246,31 @@ int attend(const RopeAttentionArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < table.rows; ++row) table.fill(a, row);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < units * groups; ++unit) {
+    for (int64_t unit = 0; unit < units; ++unit) {
       if (out_of_memory) continue;
-      const int64_t sequence = unit / groups / a.A, head = unit / groups % a.A, group = unit % groups;
-      const int64_t q = a.cu_seqlens_q[sequence], n_q = a.cu_seqlens_q[sequence + 1] - q;
-      const int64_t k = a.cu_seqlens_k[sequence], n_k = a.cu_seqlens_k[sequence + 1] - k;
-      const int64_t each = round_up((n_q + groups - 1) / groups, kTileLanes);
-      const int64_t begin = group * each, end = begin + each < n_q ? begin + each : n_q;
-      if (begin >= end) continue;
-      if (n_k == 0) {
-        attend_to_nothing<T>(a, head, q + begin, end - begin);
+      const Work w(a, unit, groups);
+      if (w.begin >= w.end) continue;
+      if (w.n_keys == 0) {
+        attend_to_nothing<T>(a, w.head, w.begin, w.end - w.begin);
         continue;
       }
-      for (int64_t row = 0; row < n_k; row += 32) {
-        const int64_t n = n_k - row < 32 ? n_k - row : 32;
-        read_rows<T>(s.rows, depth.stride(), a.k, head, k + row, n, a.D);
-        turn_rows(s.rows, depth.stride(), n, a.rope, table.of_k, k + row, 1.0f);
+      // What this thread will most likely take next.
+      const Work next(a, unit + a.num_threads < units ? unit + a.num_threads : unit, groups);
+      const bool fits = (next.end - next.begin + 2 * next.n_keys) * a.D * static_cast<int64_t>(sizeof(T)) <= kNextBytes;
+      const auto later = [&](const Heads& x, int64_t row) {
+        return fits ? static_cast<const T*>(x.data) + row * x.row + next.head * x.head : nullptr;
+      };
+      for (int64_t row = 0; row < w.n_keys; row += 32) {
+        const int64_t n = w.n_keys - row < 32 ? w.n_keys - row : 32, at = w.key + row;
+        read_rows<T>(s.rows, depth.stride(), a.k, w.head, at, n, a.D, later(a.k, next.key + row));
+        turn_rows(s.rows, depth.stride(), n, a.rope, table.of_k, at, 1.0f);
         put_rows(s.keys + row * depth.row_units(), depth, s.rows);
-        read_rows<T>(s.rows, depth.stride(), a.v, head, k + row, n, a.D);
+        read_rows<T>(s.rows, depth.stride(), a.v, w.head, at, n, a.D, later(a.v, next.key + row));
         put_columns(s.values + depth.columns_size(row), depth, s.rows);
       }
-      for (int64_t row = begin; row < end; row += kTileLanes) {
-        const int64_t n = end - row < kTileLanes ? end - row : kTileLanes;
-        attend_tile<T>(a, depth, s, table.of_q, head, q + row, n, n_k);
+      for (int64_t row = w.begin; row < w.end; row += kTileLanes) {
+        const int64_t n = w.end - row < kTileLanes ? w.end - row : kTileLanes;
+        attend_tile<T>(a, depth, s, table.of_q, w.head, row, n, w.n_keys, later(a.q, next.begin + row - w.begin));
       }
     }
     release_tiles();
