@@ -80,26 +80,34 @@ HK_INLINE Vector multiply_add_units(Pair a, const Pair* b, Vector c) {
 }
 #endif
 
-template <bool add, class Unit>
-void product_rows(float* C, int64_t M, const Operand<Unit>& A, const Unit* B) {
-  for (int64_t m = 0; m < M; m += kRowsAtOnce)
-    for (int64_t lane = 0; lane < kTileLanes; lane += kVectors * kWidth) {
-      float* c = C + m * kTileLanes + lane;
-      Vector sum[kRowsAtOnce][kVectors] = {};
-      if (add)
-        for (int r = 0; r < kRowsAtOnce; ++r)
-          for (int v = 0; v < kVectors; ++v) memcpy(&sum[r][v], c + r * kTileLanes + v * kWidth, sizeof(Vector));
-      const Unit* b = B + lane;
-      for (int64_t step = 0; step < A.steps; ++step) {
-        const Unit* a = A.data + step * A.step_stride + m * A.row;
-        for (int64_t u = 0; u < A.units; ++u, b += kTileLanes)
-          for (int r = 0; r < kRowsAtOnce; ++r)
-            for (int v = 0; v < kVectors; ++v)
-              sum[r][v] = multiply_add_units(a[r * A.row + u], b + v * kWidth, sum[r][v]);
-      }
+// kRowsAtOnce rows of C by `vectors` vectors of lanes.
+template <bool add, int vectors, class Unit>
+HK_INLINE void product_block(float* c, int64_t c_row, const Operand<Unit>& A, const Unit* a, const Unit* b,
+                             int64_t b_row) {
+  Vector sum[kRowsAtOnce][vectors] = {};
+  if (add)
+    for (int r = 0; r < kRowsAtOnce; ++r)
+      for (int v = 0; v < vectors; ++v) memcpy(&sum[r][v], c + r * c_row + v * kWidth, sizeof(Vector));
+  for (int64_t step = 0; step < A.steps; ++step, a += A.step_stride)
+    for (int64_t u = 0; u < A.units; ++u, b += b_row)
       for (int r = 0; r < kRowsAtOnce; ++r)
-        for (int v = 0; v < kVectors; ++v) memcpy(c + r * kTileLanes + v * kWidth, &sum[r][v], sizeof(Vector));
-    }
+        for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add_units(a[r * A.row + u], b + v * kWidth, sum[r][v]);
+  for (int r = 0; r < kRowsAtOnce; ++r)
+    for (int v = 0; v < vectors; ++v) memcpy(c + r * c_row + v * kWidth, &sum[r][v], sizeof(Vector));
+}
+
+// B and C have `lanes` lanes, a multiple of 16; M is a multiple of 8.
+template <bool add, class Unit>
+void product_rows(float* C, int64_t c_row, int64_t M, const Operand<Unit>& A, const Unit* B, int64_t b_row,
+                  int64_t lanes) {
+  constexpr int64_t both = kVectors * kWidth;
+  for (int64_t m = 0; m < M; m += kRowsAtOnce) {
+    float* c = C + m * c_row;
+    const Unit* a = A.data + m * A.row;
+    int64_t lane = 0;
+    for (; lane + both <= lanes; lane += both) product_block<add, kVectors>(c + lane, c_row, A, a, B + lane, b_row);
+    if (lane < lanes) product_block<add, 1>(c + lane, c_row, A, a, B + lane, b_row);
+  }
 }
 
 #ifdef __AMX_BF16__
@@ -163,7 +171,7 @@ HK_INLINE void product_tiles(float* C, int64_t height, const Operand<Pair>& A, c
 // M is a multiple of `height`, which is tile_height of M or a divisor of it.
 template <bool add>
 inline void product(float* C, int64_t M, int64_t, const Operand<float>& A, const float* B) {
-  product_rows<add>(C, M, A, B);
+  product_rows<add>(C, kTileLanes, M, A, B, kTileLanes, kTileLanes);
 }
 
 #ifdef __AVX512BF16__
@@ -177,7 +185,7 @@ inline void product(float* C, int64_t M, int64_t height, const Operand<Pair>& A,
   if (m < M) product_tiles<add, false>(C + m * kTileLanes, height, A, A.data + m * A.row, B);
 #else
   (void)height;
-  product_rows<add>(C, M, A, B);
+  product_rows<add>(C, kTileLanes, M, A, B, kTileLanes, kTileLanes);
 #endif
 }
 #endif

@@ -280,4 +280,17 @@ inline void put_lanes(Pair* out, const Depth<Pair>& depth, const float* rows, fl
       transpose(words(out + u * 32 + r), 32, words(pairs + r * whole + u), whole, units - u < 16 ? units - u : 16);
 }
 
+// 32 rows as B, contracted over the rows: [K, stride] lanes of D.
+inline void put_across(float* out, int64_t stride, const float* rows) {
+  memcpy(out, rows, static_cast<size_t>(32 * stride) * sizeof(float));
+}
+#ifdef __AVX512BF16__
+inline void put_across(Pair* out, int64_t stride, const float* rows) {
+  for (int64_t r = 0; r < 32; r += 2)
+    for (int64_t i = 0; i < stride; i += 16)
+      _mm512_storeu_si512(out + r / 2 * stride + i,
+                          to_pairs(load(rows + r * stride + i), load(rows + (r + 1) * stride + i)));
+}
+#endif
+
 }  // namespace
