@@ -15,7 +15,7 @@ bench: $(VENV)/build.stamp
 test: $(VENV)/build.stamp
 	$(PY) -m pytest
 
-CPU_TESTS := tests/ops/test_ops.py tests/ops/test_resize.py -k "cpu or resize"
+CPU_TESTS := tests/ops/test_ops.py tests/ops/test_resize.py tests/ops/test_attention_cpu.py -k "cpu or resize"
 
 # The op tests once per CPU level that this machine has.
 test-levels: $(VENV)/build.stamp

@@ -76,12 +76,13 @@ HK_INLINE void column_maxima(const float* logits, int64_t n, f32x16* most, f32x1
   }
 }
 
-// exp2(logits * c - maximum * c) of n keys to weights, their sum to `sum`.
-HK_INLINE void weigh(float* weights, const float* logits, int64_t n, float c, const f32x16* base, f32x16* sum,
+// exp2((logits - most) c) of n keys to weights, their sum to `sum`. The difference first: of large logits the products
+// with c differ by more than their exponents do.
+HK_INLINE void weigh(float* weights, const float* logits, int64_t n, float c, const f32x16* most, f32x16* sum,
                      const f32x16*) {
   for (int64_t i = 0; i < n; ++i)
     for (int h = 0; h < 2; ++h) {
-      const f32x16 p = exp2<6>(multiply_add(load(logits + i * kTileLanes + 16 * h), splat(c), -base[h]));
+      const f32x16 p = exp2<6>((load(logits + i * kTileLanes + 16 * h) - most[h]) * c);
       sum[h] += p;
       store(weights + i * kTileLanes + 16 * h, p);
     }
@@ -89,20 +90,20 @@ HK_INLINE void weigh(float* weights, const float* logits, int64_t n, float c, co
 }
 
 #ifdef __AVX512BF16__
-// exp2 of two keys' exponents at once in words of fixed point, exact to the rounding to bf16: half the time of
-// exp2<3> and a conversion. An exponent x in [-31, 0] is (x + 15) 2^11 as a signed word, less than that is -31; its low
+// The same of two keys at once in words of fixed point, exact to the rounding to bf16: half the time of exp2<3>
+// and a conversion. An exponent x in [-31, 0] is (x + 15) 2^11 as a signed word, less than that is -31; its low
 // 11 bits are the fraction f, and 2^f = 1 + f - f (1 - f) (k0 + k1 f) within 2e-4. A bf16 is the same with 7 bits of
 // fraction, apart from the bias of its exponent.
 struct WordExp2 {
   static constexpr float kUnit = 0x1p11f, kMagic = 0x1.8p23f;  // adding kMagic leaves an integer in the low bits
-  static constexpr float kMost = 1000.0f;                      // |base| at which 2^-11 of the exponent still counts
+  static constexpr float kMost = 1000.0f;                      // of |most c|: beyond it fp32 has no 2^-11 of it
   float c;
   f32x16 low_base[2], high_base[2];
 
-  HK_INLINE WordExp2(float c, const f32x16* base) : c(c) {
+  HK_INLINE WordExp2(float c, const f32x16* most) : c(c) {
     for (int h = 0; h < 2; ++h) {
-      low_base[h] = (15.0f - base[h]) * kUnit + kMagic;
-      high_base[h] = (15.0f - base[h]) * (kUnit * 0x1p16f);
+      low_base[h] = (15.0f - most[h] * c) * kUnit + kMagic;
+      high_base[h] = (15.0f - most[h] * c) * (kUnit * 0x1p16f);
     }
   }
   // Logits of two keys of lanes 16 h .. to pairs of weights.
@@ -149,14 +150,14 @@ HK_INLINE bool all_within(const f32x16* x, float most) {
 }
 
 // Sums are of the rounded weights, so that rounding them shifts no mean.
-HK_INLINE void weigh(Pair* weights, const float* logits, int64_t n, float c, const f32x16* base, f32x16* sum,
+HK_INLINE void weigh(Pair* weights, const float* logits, int64_t n, float c, const f32x16* most, f32x16* sum,
                      const f32x16* sum_of_logits) {
-  if (all_within(base, WordExp2::kMost) && all_within(sum_of_logits, __FLT_MAX__)) {
-    weigh_pairs(weights, logits, n, sum, WordExp2(c, base));
+  if (all_within(most, WordExp2::kMost / c) && all_within(sum_of_logits, __FLT_MAX__)) {
+    weigh_pairs(weights, logits, n, sum, WordExp2(c, most));
     return;
   }
   weigh_pairs(weights, logits, n, sum, [&](f32x16 low, f32x16 high, int h) {
-    return to_pairs(exp2<3>(multiply_add(low, splat(c), -base[h])), exp2<3>(multiply_add(high, splat(c), -base[h])));
+    return to_pairs(exp2<3>((low - most[h]) * c), exp2<3>((high - most[h]) * c));
   });
 }
 #endif
@@ -172,18 +173,17 @@ void attend_tile(const RopeAttentionArgs& a, const Depth<Unit>& depth, Scratch<U
   for (int64_t key = 0; key < n_keys; key += kBlock) {
     const int64_t keys = n_keys - key < kBlock ? n_keys - key : kBlock;
     product<false>(s.logits, round_up(keys, 16), 16, depth.rows_from(s.keys, key), s.query);
-    f32x16 most[2], sum_of_logits[2], base[2], shrink[2];
+    f32x16 most[2], sum_of_logits[2], shrink[2];
     column_maxima(s.logits, keys, most, sum_of_logits);
     bool grew = false;
     for (int h = 0; h < 2; ++h) {
       most[h] = larger(most[h], maximum[h]);
       grew |= any_differs(most[h], maximum[h]);
-      base[h] = most[h] * c;
-      shrink[h] = exp2<6>(maximum[h] * c - base[h]);
+      shrink[h] = exp2<6>((maximum[h] - most[h]) * c);
       maximum[h] = most[h];
       sum[h] *= shrink[h];
     }
-    weigh(s.weights, s.logits, keys, c, base, sum, sum_of_logits);
+    weigh(s.weights, s.logits, keys, c, most, sum, sum_of_logits);
     const Operand<Unit> values = depth.columns_from(s.values, key, keys);
     if (key == 0) {
       product<false>(s.out, depth.rows, depth.height, values, s.weights);
