@@ -116,8 +116,10 @@ class HuluMedVisionAttention(nn.Module):
         self, h: torch.Tensor, rows: Rows, survivors: Rows | None, kept: torch.Tensor | None, backend: str | None
     ) -> torch.Tensor:
         """``[N, E]`` -> ``[N, E]``, or ``[K, E]`` for the kept rows."""
-        heads = (self.num_heads, self.head_dim)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        heads, projections = (self.num_heads, self.head_dim), (self.q_proj, self.k_proj, self.v_proj)
+        # An adapter in place of a projection, or a hook on it, is to be called. With gradients one product is no faster.
+        plain = all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks for p in projections)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not plain:
             q = self.q_proj(h if kept is None else h[kept]).unflatten(1, heads)
             k, v = self.k_proj(h).unflatten(1, heads), self.v_proj(h).unflatten(1, heads)
         elif kept is None:
