@@ -21,6 +21,7 @@ import hulukern
 from hulukern.ops.common import GridTHW, flat_grid_thw
 from hulukern.validation import require
 from model.config import HuluMedVisionConfig
+from model.product import PackedProduct, is_plain, may_pack
 
 
 class Rows(NamedTuple):
@@ -110,44 +111,28 @@ class HuluMedVisionAttention(nn.Module):
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.out_proj = nn.Linear(width, width)
-        self._packed: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+        self._qkv, self._q, self._kv, self._out = (PackedProduct() for _ in range(4))
 
     def forward(
         self, h: torch.Tensor, rows: Rows, survivors: Rows | None, kept: torch.Tensor | None, backend: str | None
     ) -> torch.Tensor:
         """``[N, E]`` -> ``[N, E]``, or ``[K, E]`` for the kept rows."""
         heads, projections = (self.num_heads, self.head_dim), (self.q_proj, self.k_proj, self.v_proj)
-        # An adapter in place of a projection, or a hook on it, is to be called. With gradients one product is no faster.
-        plain = all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks for p in projections)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not plain:
+        if not may_pack(h, *projections):  # with gradients one product is no faster than three
             q = self.q_proj(h if kept is None else h[kept]).unflatten(1, heads)
             k, v = self.k_proj(h).unflatten(1, heads), self.v_proj(h).unflatten(1, heads)
         elif kept is None:
-            weight, bias = self.packed_qkv()
-            q, k, v = F.linear(h, weight, bias).unflatten(1, (3, *heads)).unbind(1)
+            q, k, v = self._qkv(h, *projections).unflatten(1, (3, *heads)).unbind(1)
         else:
-            weight, bias = self.packed_qkv()
-            q = self.q_proj(h[kept]).unflatten(1, heads)
-            k, v = F.linear(h, weight[h.shape[1] :], bias[h.shape[1] :]).unflatten(1, (2, *heads)).unbind(1)
+            q = self._q(h[kept], self.q_proj).unflatten(1, heads)
+            k, v = self._kv(h, self.k_proj, self.v_proj).unflatten(1, (2, *heads)).unbind(1)
         out = hulukern.rope_attention(
             q, k, v, rows.positions, rows.cu_seqlens, theta=self.theta, backend=backend,
             positions_q=None if survivors is None else survivors.positions,
             cu_seqlens_q=None if survivors is None else survivors.cu_seqlens,
         )  # fmt: skip
-        return self.out_proj(out.flatten(1))
-
-    def packed_qkv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The three projections' ``[3 E, E]`` and ``[3 E]``: one product instead of three, read in place by the
-        attention. Made when first used without gradients, and again when a parameter was written, moved or
-        replaced; the parameters themselves, and so the checkpoint's keys, stay as they are."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        tensors = [x for p in projections for x in (p.weight, p.bias)]
-        # A tensor made under inference mode counts no writes, so what is packed from it cannot be trusted twice.
-        state = [(x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in tensors]
-        if self._packed is None or self._packed[0] != state or state[0][2] is None:
-            weight, bias = torch.cat([x.detach() for x in tensors[::2]]), torch.cat([x.detach() for x in tensors[1::2]])
-            self._packed = state, weight, bias
-        return self._packed[1:]
+        out = out.flatten(1)
+        return self._out(out, self.out_proj) if may_pack(out, self.out_proj) else self.out_proj(out)
 
 
 class HuluMedVisionMLP(nn.Module):
@@ -155,8 +140,14 @@ class HuluMedVisionMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self._up, self._down = PackedProduct(), PackedProduct()
 
     def forward(self, h: torch.Tensor, backend: str | None) -> torch.Tensor:
+        if may_pack(h, self.fc1, self.fc2):
+            x = self._up(h, self.fc1, with_bias=False)
+            return self._down(hulukern.bias_gelu(x, self.fc1.bias, backend=backend), self.fc2)
+        if not is_plain(self.fc1):
+            return self.fc2(hulukern.bias_gelu(self.fc1(h), backend=backend))
         x = F.linear(h, self.fc1.weight)  # of another dtype under autocast
         return self.fc2(hulukern.bias_gelu(x, self.fc1.bias.to(x.dtype), backend=backend))
 
