@@ -21,7 +21,7 @@ import hulukern
 from hulukern.ops.common import GridTHW, flat_grid_thw
 from hulukern.validation import require
 from model.config import HuluMedVisionConfig
-from model.product import PackedProduct, is_plain, may_pack
+from model.product import PackedProduct, is_plain
 
 
 class Rows(NamedTuple):
@@ -111,28 +111,31 @@ class HuluMedVisionAttention(nn.Module):
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.out_proj = nn.Linear(width, width)
-        self._qkv, self._q, self._kv, self._out = (PackedProduct() for _ in range(4))
+        self._qkv, self._kv, self._out = (PackedProduct() for _ in range(3))
 
     def forward(
         self, h: torch.Tensor, rows: Rows, survivors: Rows | None, kept: torch.Tensor | None, backend: str | None
     ) -> torch.Tensor:
         """``[N, E]`` -> ``[N, E]``, or ``[K, E]`` for the kept rows."""
         heads, projections = (self.num_heads, self.head_dim), (self.q_proj, self.k_proj, self.v_proj)
-        if not may_pack(h, *projections):  # with gradients one product is no faster than three
-            q = self.q_proj(h if kept is None else h[kept]).unflatten(1, heads)
-            k, v = self.k_proj(h).unflatten(1, heads), self.v_proj(h).unflatten(1, heads)
-        elif kept is None:
-            q, k, v = self._qkv(h, *projections).unflatten(1, (3, *heads)).unbind(1)
+        # With gradients one product is no faster than three.
+        qkv = self._qkv(h, *projections) if kept is None else None
+        kv = self._kv(h, self.k_proj, self.v_proj) if kept is not None else None
+        if qkv is not None:
+            q, k, v = qkv.unflatten(1, (3, *heads)).unbind(1)
         else:
-            q = self._q(h[kept], self.q_proj).unflatten(1, heads)
-            k, v = self._kv(h, self.k_proj, self.v_proj).unflatten(1, (2, *heads)).unbind(1)
+            q = self.q_proj(h if kept is None else h[kept]).unflatten(1, heads)
+            if kv is not None:
+                k, v = kv.unflatten(1, (2, *heads)).unbind(1)
+            else:
+                k, v = self.k_proj(h).unflatten(1, heads), self.v_proj(h).unflatten(1, heads)
         out = hulukern.rope_attention(
             q, k, v, rows.positions, rows.cu_seqlens, theta=self.theta, backend=backend,
             positions_q=None if survivors is None else survivors.positions,
             cu_seqlens_q=None if survivors is None else survivors.cu_seqlens,
         )  # fmt: skip
-        out = out.flatten(1)
-        return self._out(out, self.out_proj) if may_pack(out, self.out_proj) else self.out_proj(out)
+        projected = self._out(out.flatten(1), self.out_proj)
+        return self.out_proj(out.flatten(1)) if projected is None else projected
 
 
 class HuluMedVisionMLP(nn.Module):
@@ -143,13 +146,15 @@ class HuluMedVisionMLP(nn.Module):
         self._up, self._down = PackedProduct(), PackedProduct()
 
     def forward(self, h: torch.Tensor, backend: str | None) -> torch.Tensor:
-        if may_pack(h, self.fc1, self.fc2):
-            x = self._up(h, self.fc1, with_bias=False)
-            return self._down(hulukern.bias_gelu(x, self.fc1.bias, backend=backend), self.fc2)
-        if not is_plain(self.fc1):
-            return self.fc2(hulukern.bias_gelu(self.fc1(h), backend=backend))
-        x = F.linear(h, self.fc1.weight)  # of another dtype under autocast
-        return self.fc2(hulukern.bias_gelu(x, self.fc1.bias.to(x.dtype), backend=backend))
+        x = self._up(h, self.fc1, with_bias=False)
+        if x is None and is_plain(self.fc1):
+            x = F.linear(h, self.fc1.weight)  # of another dtype under autocast
+        if x is None:
+            x = hulukern.bias_gelu(self.fc1(h), backend=backend)
+        else:
+            x = hulukern.bias_gelu(x, self.fc1.bias.to(x.dtype), backend=backend)
+        out = self._down(x, self.fc2)
+        return self.fc2(x) if out is None else out
 
 
 class HuluMedVisionLayer(GradientCheckpointingLayer):

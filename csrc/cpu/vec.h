@@ -1,6 +1,7 @@
 // Sixteen floats at a time, in the compiler's own vectors: one source for every level. AVX2 works on two
 // halves, SSE2 on four quarters, in the same order, so that sums and roundings are the same bits everywhere.
-// The exceptions are multiply_add, fused where the level has it, and reciprocal. Included by per-level files only.
+// The exceptions are multiply_add, fused where the level has it, reciprocal, and bf16 below 2^-126, which avx512_bf16
+// stores as 0. Included by per-level files only.
 #pragma once
 
 #include <stdint.h>

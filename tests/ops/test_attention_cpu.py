@@ -65,6 +65,39 @@ def test_equal_logits_weigh_alike_and_far_ones_not_at_all(dtype: torch.dtype) ->
     torch.testing.assert_close(attention(q, k, v).float(), v[5].float().expand_as(v), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-45, 1e29, 1e31, 3e37])
+def test_scales_of_any_size(scale: float, dtype: torch.dtype) -> None:
+    q, k, v = qkv(64, dtype)
+    q[:] = 0
+    positions, ends = torch.zeros(64, 2, dtype=torch.int32), torch.tensor([0, 64], dtype=torch.int32)
+    got = rope_attention(q, k, v, positions, ends, scale=scale, backend="cpu")
+    torch.testing.assert_close(got.float(), v.float().mean(0).expand_as(v), rtol=0, atol=2e-3)
+
+
+def test_even_and_odd_keys_weigh_alike() -> None:
+    q, k, v = qkv(4096, torch.bfloat16)
+    v[::2], v[1::2] = 1.0, -1.0
+    got, exact = attention(q, k, v).double(), attention(q.float(), k.float(), v.float(), "reference").double()
+    assert abs(float((got - exact).mean())) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [2, 32])
+@pytest.mark.parametrize("spread", [10.0, 1e3, 1e5])
+def test_gradients_of_large_logits_are_bounded(spread: float, heads: int, dtype: torch.dtype) -> None:
+    """The rounding of their log-sum-exp is all that tells the weights: more than 1 none may be."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(64, heads, 72, generator=g).mul(s).to(dtype) for s in (spread, spread, 1.0, 1.0))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    attention(*leaves).backward(grad)
+    most = float(grad.float().abs().sum(0).max())
+    assert v.grad.float().abs().max() <= most
+    slope = 2 * most * float(v.detach().float().abs().sum(-1).max()) * 72**-0.5
+    for x, other in ((q, k), (k, q)):
+        assert x.grad.float().abs().max() <= 64 * slope * float(other.detach().float().abs().max())
+
+
 @pytest.mark.parametrize("spread", [0.1, 2.0, 30.0])
 def test_lse_of_bf16(spread: float) -> None:
     q, k, v = qkv(257, torch.bfloat16, spread)

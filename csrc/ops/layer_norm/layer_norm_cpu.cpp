@@ -17,7 +17,7 @@ template <class T>
 void forward_row(const LayerNormArgs& a, int64_t row, const float* weight, const float* bias) {
   const T *x = static_cast<const T*>(a.x) + row * a.x_stride, *next = x + a.x_stride;
   T* y = static_cast<T*>(a.y) + row * a.y_stride;
-  const T* next_residual = x;
+  const T* next_residual = next;
   float mean;
   if (a.residual == nullptr) {
     mean = mean_of(x, a.E, [](int64_t) {});

@@ -125,6 +125,7 @@ inline void configure_tiles(int64_t height, int64_t units) {
     config.rows[t] = static_cast<uint8_t>(t < 6 ? height : units);
     config.row_bytes[t] = static_cast<uint16_t>(t < 4 || t >= 6 ? 64 : 4 * units);
   }
+  asm volatile("" ::"r"(&config) : "memory");  // gcc 12's intrinsics do not say that they read memory
   _tile_loadconfig(&config);
 }
 

@@ -84,7 +84,9 @@ HK_INLINE void weigh(const float* logits, const float* grad_weights, int64_t i, 
                      const float* lse, const float* delta, f32x16* weight, f32x16* slope) {
   const int64_t at = i * kTileLanes + 16 * h;
   const f32x16 l = of_keys ? splat(lse[i]) : load(lse + 16 * h), d = of_keys ? splat(delta[i]) : load(delta + 16 * h);
-  *weight = exp2<degree>(multiply_add(load(logits + at), splat(scale * kLog2e), -kLog2e * l));
+  // A weight is at most 1, even where lse, or its rounding, is too small for large logits.
+  const f32x16 exponent = multiply_add(load(logits + at), splat(scale), -l) * kLog2e;
+  *weight = exp2<degree>(smaller(f32x16{}, exponent));
   *slope = *weight * (load(grad_weights + at) - d) * scale;
 }
 

@@ -103,7 +103,7 @@ struct WordExp2 {
   HK_INLINE WordExp2(float c, const f32x16* most) : c(c) {
     for (int h = 0; h < 2; ++h) {
       low_base[h] = (15.0f - most[h] * c) * kUnit + kMagic;
-      high_base[h] = (15.0f - most[h] * c) * (kUnit * 0x1p16f);
+      high_base[h] = (15.0f - most[h] * c) * (kUnit * 0x1p16f) + 0x1p15f;  // half a word: what is cut is rounded
     }
   }
   // Logits of two keys of lanes 16 h .. to pairs of weights.
@@ -152,7 +152,7 @@ HK_INLINE bool all_within(const f32x16* x, float most) {
 // Sums are of the rounded weights, so that rounding them shifts no mean.
 HK_INLINE void weigh(Pair* weights, const float* logits, int64_t n, float c, const f32x16* most, f32x16* sum,
                      const f32x16* sum_of_logits) {
-  if (all_within(most, WordExp2::kMost / c) && all_within(sum_of_logits, __FLT_MAX__)) {
+  if (c < 1e30f && all_within(most, WordExp2::kMost / c) && all_within(sum_of_logits, __FLT_MAX__)) {
     weigh_pairs(weights, logits, n, sum, WordExp2(c, most));
     return;
   }
