@@ -17,17 +17,16 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 
 import hulukern
-from bench.quick import Disagreement
+from bench.agreement import Disagreement, agree
+from bench.models import encoders, patches
 from bench.results import check, row, write_results
 from bench.timing import Rounds, interleave, keep_freed_memory, peak_memory, summarize
 from hulukern.pruning import prune_frames
 from hulukern.spec import Arguments, Case
 from hulukern.testing.harness import call, sample
 from hulukern.validation import dtype_name
-from model.config import HuluMedVisionConfig
 from model.media.clip import Clip
 from model.sizing import resize_frames
-from model.vision import HuluMedVisionModel
 
 # name -> lengths, dtype, target
 ATTENTION = {
@@ -100,7 +99,7 @@ class Suite:
             "torch": lambda: separate_rotary_and_sdpa(a, lengths),
             "cpu": lambda: call(op, a, "cpu")[0],
         }
-        _agree(name, runs["torch"](), runs["cpu"](), 0.02 if dtype == torch.bfloat16 else 1e-4)
+        agree(name, runs["torch"](), runs["cpu"](), 0.02 if dtype == torch.bfloat16 else 1e-4)
         with torch.inference_mode():
             rounds = interleave(runs, seconds=seconds, warmups=1)
         self.against(name, f"{len(lengths)}x{lengths[0]}", dtype_name(dtype), rounds, target)
@@ -112,7 +111,7 @@ class Suite:
         plain = [a[argument] for argument in op.argument_names]
         for got, expected in zip(*(pytree.tree_leaves(x) for x in (call(op, a, "cpu"), call(op, a, "reference"))),
                                  strict=True):  # fmt: skip
-            _agree(name, expected, got, 0.02)
+            agree(name, expected, got, 0.02)
         source = torch.randint(0, 255, (128 << 20,), dtype=torch.uint8)
         target = torch.empty_like(source)
         runs: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "cpu": lambda: call(op, a, "cpu")}
@@ -129,7 +128,7 @@ class Suite:
 
     def encoder(self, seconds: float) -> None:
         """Two layers of the real width, 8 frames of 32 x 32 patches, against transformers' port: eager and compiled."""
-        ours, theirs, pixels = encoders()
+        (ours, theirs), pixels = encoders(2), patches(8)
         grid, merges = torch.tensor([[8, 32, 32]]), torch.tensor([2])
         compiled: Any = torch.compile(theirs)
         with torch.inference_mode():
@@ -138,14 +137,14 @@ class Suite:
                 "transformers compiled": lambda: compiled(pixels, grid, merges).last_hidden_state,
                 "cpu": lambda: ours(pixels, grid, [2]),
             }
-            _agree("encoder_bf16_8f", runs["transformers"](), runs["cpu"](), 0.1)
+            agree("encoder_bf16_8f", runs["transformers"](), runs["cpu"](), 0.1)
             rounds = interleave(runs, seconds=seconds, warmups=1)
         self.against("encoder_bf16_8f", "2 layers, 8x32x32", "bfloat16", rounds, ENCODER_TARGET)
 
     def encoder_frames(self, seconds: float) -> None:
         """Time and peak memory at 16 and 64 frames. A peak is what a call adds to the process beyond weights and
         input; ours must grow with the frames and no faster."""
-        ours, theirs, pixels = encoders()
+        (ours, theirs), pixels = encoders(2), patches(8)
         peaks: dict[str, dict[int, int]] = {"transformers": {}, "cpu": {}}
         for T in (16, 64):
             x, grid, merges = pixels.repeat(T // 8, 1), torch.tensor([[T, 32, 32]]), torch.tensor([2])
@@ -166,8 +165,7 @@ class Suite:
 
     def train_step(self, seconds: float) -> None:
         """Forward and backward of the same, gradients of all parameters."""
-        ours, theirs, pixels = encoders()
-        pixels = pixels[: 2 * 1024]
+        (ours, theirs), pixels = encoders(2), patches(2)
         grid, merges = torch.tensor([[2, 32, 32]]), torch.tensor([2])
         upstream = torch.randn(2 * 256, 1152).to(torch.bfloat16)
 
@@ -183,9 +181,9 @@ class Suite:
         exact = runs["cpu"]()
         ours.backend = "cpu"
         for (name, _), got, expected in zip(ours.named_parameters(), runs["cpu"](), exact, strict=True):
-            _agree(f"train_step_bf16: {name}", expected, got, 0.05)
+            agree(f"train_step_bf16: {name}", expected, got, 0.05)
             if "norm" not in name:  # torch adds up those of its LayerNorm in bf16: half of one is noise
-                _agree(f"train_step_bf16: {name} of transformers", named[name], got, 0.1)
+                agree(f"train_step_bf16: {name} of transformers", named[name], got, 0.1)
         rounds = interleave(runs, seconds=seconds, warmups=1)
         self.against("train_step_bf16", "2 layers, 2x32x32", "bfloat16", rounds, TRAIN_TARGET, "fwd+bwd")
 
@@ -201,7 +199,7 @@ class Suite:
 
         runs: dict[str, Callable[[], Any]] = {"numpy": lambda: released_preprocess(frames, 504), "cpu": ours}
         theirs, got = runs["numpy"](), ours()
-        _agree("preprocess_32f", theirs[0], got[0], 1e-5)
+        agree("preprocess_32f", theirs[0], got[0], 1e-5)
         if not torch.equal(theirs[1], got[1]):
             raise Disagreement("preprocess_32f: the masks differ")
         self.against("preprocess_32f", "32x512x512", "float32", interleave(runs, seconds=seconds), PREPROCESS_TARGET)
@@ -221,24 +219,6 @@ def separate_rotary_and_sdpa(a: Arguments, lengths: tuple[int, ...]) -> torch.Te
     parts = [x.transpose(0, 1)[None].split(lengths, 2) for x in (rotated(a["q"]), rotated(a["k"]), a["v"])]
     outs = [F.scaled_dot_product_attention(q, k, v, scale=a["scale"]) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outs, 2)[0].transpose(0, 1)
-
-
-def encoders() -> tuple[HuluMedVisionModel, Any, torch.Tensor]:
-    """Ours and transformers' under the same random weights in bf16, and patches of 8 frames."""
-    from transformers.models.video_llama_3.configuration_video_llama_3 import VideoLlama3VisionConfig
-    from transformers.models.video_llama_3.modeling_video_llama_3 import VideoLlama3VisionModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 2}
-    config = VideoLlama3VisionConfig(patch_size=14, **sizes)
-    config._attn_implementation = "sdpa"
-    theirs = VideoLlama3VisionModel(config).eval()
-    frequencies = theirs.rotary_pos_emb.inv_freq.clone()
-    theirs = theirs.to(torch.bfloat16)
-    theirs.rotary_pos_emb.inv_freq = frequencies  # as from_pretrained leaves them
-    ours = HuluMedVisionModel(HuluMedVisionConfig(**sizes), backend="cpu").to(torch.bfloat16).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs, torch.rand(8 * 1024, 588).mul(2).sub(1).to(torch.bfloat16)
 
 
 def released_preprocess(frames: Any, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,12 +250,3 @@ def _moving_frames(T: int, side: int) -> Any:
     for t in range(T):
         frames[t, 8 * t : 8 * t + 96, 4 * t : 4 * t + 160] = 255
     return frames
-
-
-def _agree(name: str, expected: torch.Tensor, got: torch.Tensor, tolerance: float) -> None:
-    a, b = expected.detach().float(), got.detach().float()
-    if a.numel() == 0:
-        return
-    off = float((a - b).abs().max() / a.abs().max().clamp(min=1e-9))
-    if not off <= tolerance:
-        raise Disagreement(f"{name}: outputs differ by {off:.3g} of the largest value, at most {tolerance} is expected")

@@ -18,18 +18,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.models import IMAGE_TOKEN, decoder_shape, whole
 from bench.quick import Input, read_inputs
 from bench.results import check, row, write_results
 from bench.timing import Rounds, interleave
 from hulukern.pruning import prune_frames
-from model.config import HuluMedQwen3Config
-from model.modeling import HuluMedForConditionalGeneration
 from model.sizing import cut_patches
 
 EXAMPLES = """examples:
   python -m bench e2e                                    prints the curve, writes bench/out/e2e.json
   python -m bench e2e --input chest.nii.gz --seconds 60
-  python -m bench e2e --encoder-layers 27 --decoder 3584x28     the 7B's shape, where there is memory and time
+  python -m bench e2e --encoder-layers 27 --decoder 7b     the 7B's shape, where there is memory and time
 
 exit codes: 0 done, 2 bad input or arguments
 """
@@ -37,7 +36,6 @@ TARGET = 0.55
 REDUCTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, TARGET, 0.6, 0.7, 0.8, 0.9, 0.95)
 RULES = ("previous", "bounded")  # where a rule of its own accord comes to lie on the curve
 PROMPT_TOKENS = 32  # of text after the clip
-IMAGE_TOKEN = 7
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,6 @@ class Point:
     @property
     def case(self) -> str:
         return f"{self.input}/{self.rule}@{100 * self.reduction:.1f}"
-
-
-def build(encoder_layers: int, width: int, layers: int, dtype: torch.dtype, device: str) -> Any:
-    """Random weights: time does not depend on them."""
-    config = HuluMedQwen3Config(
-        vocab_size=1024, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=max(width // 128, 1), num_key_value_heads=max(width // 512, 1), head_dim=128,
-        image_token_index=IMAGE_TOKEN, vision_encoder_config={"num_hidden_layers": encoder_layers},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        return HuluMedForConditionalGeneration(config).to(dtype).eval()
 
 
 def points(i: Input) -> list[Point]:
@@ -119,21 +105,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-frames", type=int, default=16, help="of one input, evenly chosen (default: 16)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring per input, about (default: 20)")
     parser.add_argument("--encoder-layers", type=int, default=2, help="of 27 (default: 2)")
-    parser.add_argument("--decoder", default="1024x4", metavar="WIDTHxLAYERS", help="default: 1024x4")
+    parser.add_argument("--decoder", default="1024x4", metavar="SHAPE", help="7b or WIDTHxLAYERS (default: 1024x4)")
     parser.add_argument("--json", type=Path, default=Path("bench/out/e2e.json"), metavar="FILE")
 
 
 def run(options: argparse.Namespace) -> int:
     if not options.seconds > 0 or options.max_frames < 2 or options.encoder_layers < 1:
         raise ValueError("--seconds, --max-frames, --encoder-layers: have values too small, expected above 0, 1 and 0")
-    try:
-        width, layers = (int(x) for x in options.decoder.split("x"))
-    except ValueError:
-        width = layers = 0
-    if width < 128 or width % 128 or layers < 1:
-        raise ValueError(f"--decoder: has {options.decoder!r}, expected WIDTHxLAYERS with a width divisible by 128")
+    decoder = decoder_shape(options.decoder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(options.encoder_layers, width, layers, torch.bfloat16, device)
+    model = whole({"num_hidden_layers": options.encoder_layers}, decoder, torch.bfloat16, device)
     # A single frame has nothing to prune.
     inputs = [i for i in read_inputs(options.input, options.max_frames) if i.frames.shape[0] > 1]
     rows, checks, found = [], [], []

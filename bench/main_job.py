@@ -30,7 +30,8 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bench import report
-    from bench.quick import Disagreement, Quick, read_inputs
+    from bench.agreement import Disagreement
+    from bench.quick import Quick, read_inputs
     from bench.results import write_results, write_text
     from bench.timing import keep_freed_memory
 

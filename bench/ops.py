@@ -7,6 +7,7 @@ timing, inputs get fresh values, and a call on fresh values that takes far longe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -76,7 +77,7 @@ class Filter:
         specs = [o.spec for o in hulukern.OPS.values()]
         known = {
             "--op": (self.ops, list(hulukern.OPS)),
-            "--case": (self.cases, sorted({c.name for op in specs for c in op.perf_cases})),
+            "--case": (self.cases, sorted({c.name for op in specs for c in (*op.perf_cases, *op.gpu_cases)})),
             "--dtype": (self.dtypes, sorted({dtype_name(d) for op in specs for d in op.dtypes})),
             "--backend": (self.backends, list(BACKENDS)),
             "--baseline": (self.baselines, [b.name for b in BASELINES] + ["none"]),
@@ -100,24 +101,29 @@ class Group:
         return f"{self.op}/{self.case}/{self.dtype}/{self.direction}"
 
 
-def groups(wanted: Filter) -> list[Group]:
+def groups(wanted: Filter, device: str) -> list[Group]:
+    """A CPU has the performance cases, and of a GPU's own those that are named."""
     found = []
     for name, registered in hulukern.OPS.items():
         op = registered.spec
-        for case in op.perf_cases:
+        # Backward ops are timed there through the ops that they belong to.
+        more = op.gpu_cases if (device == "cuda" and not name.endswith("_backward")) or wanted.cases else ()
+        for case in (*op.perf_cases, *more):
             for dtype in op.dtypes:
+                if case in more and dtype != op.main_dtype and not wanted.dtypes:
+                    continue
                 # Gradients exist in floats only, and where a spec names arguments that have one.
                 directions = ("fwd", "bwd") if op.differentiable and dtype.is_floating_point else ("fwd",)
                 for direction in directions:
                     group = Group(name, case.name, dtype_name(dtype), direction)
                     pairs = ((group.op, wanted.ops), (group.case, wanted.cases), (group.dtype, wanted.dtypes))
                     if all(not names or value in names for value, names in pairs):
-                        found.append(group)
-    # Main dtypes first: a deadline cuts the others.
-    found.sort(key=lambda g: g.dtype != dtype_name(hulukern.OPS[g.op].spec.main_dtype))
+                        found.append((dtype != op.main_dtype, case in more, group))
+    # Main dtypes and what every machine has first: a deadline cuts the others.
+    found.sort(key=lambda entry: entry[:2])
     if not found:
         raise ValueError("--op, --case, --dtype: have no performance case in common, see python -m bench list")
-    return found
+    return [group for *_, group in found]
 
 
 # --- one group -------------------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ class Contender:
     def take(self, arguments: list[Arguments]) -> None:
         """A backward is timed alone: forwards run now, and keep their graphs."""
         forward = self.direction == "fwd"
-        self.sets = arguments if forward else [harness.graph(self.op, a, self.run) for a in arguments]
+        self.sets = arguments if forward else [_graph(self.op, a, self.run) for a in arguments]
         self.held = {}
 
     def call(self, k: int) -> Any:
@@ -170,10 +176,10 @@ def measure(
     its result is. Inputs change from call to call; ``warm``, between two only, which caches may hold."""
     op = hulukern.OPS[group.op].spec
     torch.compiler.reset()  # each group compiles for its own shapes
-    case, dtype = next(c for c in op.perf_cases if c.name == group.case), getattr(torch, group.dtype)
+    case, dtype = op.timed_case(group.case), getattr(torch, group.dtype)
     sample = functools.partial(harness.sample, op, case, dtype, device)
     first = sample()
-    exact, cost = op.exact(first), _cost(op, case, dtype, first, group.direction)
+    exact, cost = op.exact(first), _cost(op, case, dtype, first, group.direction, device)
     sets = 2 if warm else max(2, n_cold(cost[0], device))
     arguments = [first] + [sample(seed=k) for k in range(1, sets)]
     expected = [_expected(op, a, group.direction) for a in arguments]
@@ -286,10 +292,16 @@ def _time(contenders: list[Contender], sets: int, device: str, seconds: float) -
     return interleave({c.name: c.turn for c in contenders}, seconds=seconds, min_rounds=5, warmups=1)
 
 
+def _graph(op: Op, a: Arguments, run: Run) -> harness.Graph:
+    """With upstream gradients as a layer behind it has them, in rows: the harness's own would time a transposition."""
+    g = harness.graph(op, a, run)
+    return dataclasses.replace(g, upstream=[x.contiguous() for x in g.upstream])
+
+
 def _expected(op: Op, a: Arguments, direction: str) -> Any:
     if direction == "fwd":
         return harness.call(op, a, "reference")
-    g = harness.graph(op, a, lambda a: harness.call(op, a, "reference"))
+    g = _graph(op, a, functools.partial(_through, op, "reference"))
     return torch.autograd.grad(g.outputs, g.leaves, g.upstream, allow_unused=True)
 
 
@@ -328,15 +340,15 @@ def _agree(got: Any, expected: Any, exact: bool, ours: bool, when: str) -> None:
             raise Wrong(f"{when} result {i} is off by {off:.3g} of {of}, at most {limit:g} is expected")
 
 
-def _cost(op: Op, case: Case, dtype: torch.dtype, a: Arguments, direction: str) -> tuple[int, int]:
+def _cost(op: Op, case: Case, dtype: torch.dtype, a: Arguments, direction: str, device: str) -> tuple[int, int]:
     """Bytes and FLOPs: of a backward what the op that does it says, where there is one with this case."""
     if direction == "fwd":
         cost = op.cost(a)
         return cost.bytes, cost.flops
     backward = hulukern.OPS.get(f"{op.name}_backward")
-    if backward is None or case not in backward.spec.perf_cases:
+    if backward is None or case not in (*backward.spec.perf_cases, *backward.spec.gpu_cases):
         return 0, 0
-    cost = backward.spec.cost(harness.sample(backward.spec, case, dtype, "cpu"))
+    cost = backward.spec.cost(harness.sample(backward.spec, case, dtype, device))
     return cost.bytes, cost.flops
 
 
@@ -352,7 +364,7 @@ class Suite:
 
     def __init__(self, path: Path, wanted: Filter, device: str, resume: bool = False, warm: bool = False) -> None:
         self.path, self.wanted, self.device, self.warm = path, wanted, device, warm
-        self.groups = groups(wanted)
+        self.groups = groups(wanted, device)
         self.against = {"backends": list(wanted.backends), "baselines": list(wanted.baselines)}
         self.rows: list[dict[str, Any]] = []
         self.reasons: dict[str, dict[str, str]] = {}  # group -> implementation -> why it has no row

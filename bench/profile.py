@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     op, device = hulukern.OPS[options.op].spec, "cuda" if torch.cuda.is_available() else "cpu"
-    cases = {case.name: case for case in op.perf_cases}
+    cases = {case.name: case for case in (*op.perf_cases, *op.gpu_cases)}
     if options.case is not None and options.case not in cases:
         raise ValueError(f"--case: has {options.case!r}, expected one of {', '.join(cases)}")
     case = cases[options.case] if options.case else op.perf_cases[0]
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     trace = options.out / f"{label.replace('/', '-')}.json"
     found.export_chrome_trace(str(trace))
     print(f"{label}, {CALLS} calls on {device}")
-    print(words(found, label, device))
+    print(words(longest(found, device, label, CALLS)))
     cost = op.cost(arguments)
     print(f"must move {cost.bytes / 1e6:.2f} MB and do {cost.flops / 1e9:.3f} GFLOP a call")
     print(trace)
@@ -76,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def words(found: profile, label: str, device: str) -> str:
-    """The own time of what ran, largest first, per call."""
+def longest(found: profile, device: str, label: str = "", calls: int = 1) -> list[dict[str, Any]]:
+    """The own time of what ran, largest first: name, share of all, us and count of a call."""
     kernels = device == "cuda"
 
     def own(event: object) -> float:
@@ -85,11 +86,20 @@ def words(found: profile, label: str, device: str) -> str:
 
     events = [e for e in found.key_averages() if own(e) > 0 and (e.key != label or not kernels)]
     total = sum(map(own, events)) or 1.0
-    lines = [f"{total / CALLS:.1f} us a call, of which:"]
-    for event in sorted(events, key=own, reverse=True)[:8]:
-        name = "python and launch" if event.key == label else event.key
-        share, each = 100 * own(event) / total, event.count / CALLS
-        lines.append(f"  {share:5.1f} %  {own(event) / CALLS:9.1f} us  x{each:g}  {name[:90]}")
+    return [
+        {
+            "name": "python and launch" if e.key == label else e.key,
+            "share": own(e) / total, "us": own(e) / calls, "count": e.count / calls,
+        }
+        for e in sorted(events, key=own, reverse=True)
+    ]  # fmt: skip
+
+
+def words(entries: list[dict[str, Any]]) -> str:
+    total = entries[0]["us"] / entries[0]["share"] if entries else 0.0
+    lines = [f"{total:.1f} us a call, of which:"]
+    for e in entries[:8]:
+        lines.append(f"  {100 * e['share']:5.1f} %  {e['us']:9.1f} us  x{e['count']:g}  {e['name'][:90]}")
     return "\n".join(lines)
 
 
@@ -100,7 +110,7 @@ def _ncu(options: argparse.Namespace, case: str, backend: str) -> str:
         return "ncu is not on PATH: no hardware counters"
     code = (
         "import torch; from hulukern.testing import harness; import hulukern; "
-        f"op = hulukern.OPS[{options.op!r}].spec; case = next(c for c in op.perf_cases if c.name == {case!r}); "
+        f"op = hulukern.OPS[{options.op!r}].spec; case = op.timed_case({case!r}); "
         "a = harness.sample(op, case, op.main_dtype, 'cuda'); "
         f"harness.call(op, a, {backend!r}); torch.cuda.synchronize()"
     )

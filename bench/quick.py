@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import hulukern
 from bench import baselines, report, roofline
+from bench.agreement import Disagreement
 from bench.report import CELL
 from bench.results import check, row
 from bench.timing import Rounds, Timing, interleave, summarize
@@ -37,10 +38,6 @@ BACKENDS = ("reference", "cpu")
 FRONTEND_TARGET = 5.0
 COPY_TARGET = 0.7
 CALL_TARGET_US = 5.0
-
-
-class Disagreement(RuntimeError):
-    """Two implementations of the same thing differ: nothing is worth timing."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 from bench.results import stored_path
@@ -13,11 +14,12 @@ EXAMPLES = """examples:
   python -m bench run --suite ops --json a.json --resume             goes on where it was interrupted
   python -m bench run --suite cpu --json cpu.json    CPU kernels and encoder against torch and transformers
   python -m bench run --suite cpu --json a.json --only attention --seconds 30
+  python -m bench run --suite gpu                    encoder at full depth, training step, reduction with a 7B
   python -m bench run --suite e2e                    the 55 % tracker, as python -m bench e2e does it
 
 exit codes: 0 done, 1 implementations disagree, 2 bad arguments, a file that is not the suite's, or interrupted
 """
-SECONDS = {"quick": 24.0, "cpu": 90.0, "ops": 120.0, "e2e": 20.0}
+SECONDS = {"quick": 24.0, "cpu": 90.0, "gpu": 60.0, "ops": 120.0, "e2e": 20.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     default = ", ".join(f"{name} {seconds:g}" for name, seconds in SECONDS.items())
     parser.add_argument("--seconds", type=float, help=f"measuring time, about (default: {default} per input)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cpu: checks whose name holds this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cpu, gpu: steps whose name holds this")
     for name in ("op", "case", "dtype", "backend"):
         parser.add_argument(f"--{name}", action="append", default=[], help="ops: only this; may be repeated")
     parser.add_argument("--baseline", action="append", default=[], help="ops: only this peer; none for none")
@@ -47,10 +49,9 @@ def run(options: argparse.Namespace) -> int:
         from bench import ops
 
         return ops.main(path, ops.Filter(*filters), seconds, options.resume, options.warm)
-    if options.suite == "cpu":
-        from bench import cpu
-
-        return cpu.main(path, options.only, seconds)
+    if options.suite in ("cpu", "gpu"):
+        suite = importlib.import_module(f"bench.{options.suite}")
+        return int(suite.main(path, options.only, seconds))
     from bench.__main__ import main
 
     where = ["--json", str(path), *(["--out", str(path.parent)] if options.suite == "quick" else [])]

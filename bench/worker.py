@@ -41,7 +41,7 @@ def prepare(name: str, device: str) -> Callable[[], Any]:
     """A call of what ``name`` says, checked against the reference first."""
     op_name, case_name, dtype_name, _, backend = name.split("/")
     op = hulukern.OPS[op_name].spec
-    case = next(c for c in op.perf_cases if c.name == case_name)
+    case = op.timed_case(case_name)
     arguments = harness.sample(op, case, getattr(torch, dtype_name), device)
     harness.check_forward(op, op.cases[0], getattr(torch, dtype_name), backend, device)
     return lambda: harness.call(op, arguments, backend)

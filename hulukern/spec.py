@@ -40,6 +40,14 @@ class Case:
     tags: frozenset[str] = frozenset()
 
 
+TOKENS = (4096, 16384, 65536)  # of a small call, a clip and a batch
+
+
+def at_tokens(sizes: Callable[[int], Mapping[str, Any]]) -> tuple[Case, ...]:
+    """Performance cases of 4 k, 16 k and 65 k patches; ``sizes`` says what an op's ``sample`` reads of one count."""
+    return tuple(Case(f"tokens{n}", sizes(n), frozenset({"perf"})) for n in TOKENS)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one call must do at least: bytes read once plus bytes written once, and FLOPs."""
@@ -69,6 +77,7 @@ class Op:
     the name and without the trailing ``str backend``, which registration adds.
     sample: (case, dtype, device, generator) -> arguments by schema name; dtype is that of the
     argument named by ``dtype_of``.
+    perf_cases: what is timed everywhere. gpu_cases: what a GPU is timed on beside, see :func:`at_tokens`.
     plain: the obvious torch formulation in the arguments' own dtype, same signature as the
     implementations; tolerance is derived from its error. None where results are exact.
     exact: whether a call's results must equal the reference bit for bit.
@@ -85,6 +94,7 @@ class Op:
     sample: Callable[[Case, torch.dtype, torch.device, torch.Generator], Arguments]
     cases: tuple[Case, ...]
     perf_cases: tuple[Case, ...]
+    gpu_cases: tuple[Case, ...]
     cost: Callable[[Arguments], Cost]
     reduction: Callable[[Arguments], int]
     exact: Callable[[Arguments], bool]
@@ -105,6 +115,9 @@ class Op:
     def main_dtype(self) -> torch.dtype:
         """What is measured where one has to do: bfloat16, as the model runs, and where there is none the first."""
         return torch.bfloat16 if torch.bfloat16 in self.dtypes else self.dtypes[0]
+
+    def timed_case(self, name: str) -> Case:
+        return next(case for case in (*self.perf_cases, *self.gpu_cases) if case.name == name)
 
     def tensor(self, name: str) -> TensorArg:
         return next(t for t in self.tensors if t.name == name)

@@ -73,6 +73,17 @@ def kernel_of(mangled: str) -> tuple[str, dict[str, Any]] | None:
     return name, constants
 
 
+def label_of(mangled: str) -> tuple[str, str, str, dict[str, Any]] | None:
+    """Op, what a row is called, the kernel's own name and its constants."""
+    kernel = kernel_of(mangled)
+    if kernel is None:
+        return None
+    name, constants = kernel
+    op = KERNELS.get(name, ("unknown", ""))[0] + ("_backward" if constants.get("backward") else "")
+    parameters = ", ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in constants.items())
+    return op, f"{op}/{name}<{parameters}>" if constants else f"{op}/{name}", name, constants
+
+
 def tile_stride(D: int) -> int:
     """csrc/device/mma.cuh, kTileStride, in bytes."""
     return (D // 8 | 1) * 16
@@ -105,15 +116,12 @@ def rows(architecture: int, ops: list[str], library: Path | None = None) -> list
     found: list[Row] = []
     seen: Counter[str] = Counter()
     for mangled, code in sorted(machine_code.read(library or LIBRARY, target(architecture)).items()):
-        kernel = kernel_of(mangled)
+        kernel = label_of(mangled)
         if kernel is None:
             continue
-        name, constants = kernel
-        op = KERNELS.get(name, ("unknown", ""))[0] + ("_backward" if constants.get("backward") else "")
+        op, label, name, constants = kernel
         if ops and op not in ops:
             continue
-        parameters = ", ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in constants.items())
-        label = f"{op}/{name}<{parameters}>" if constants else f"{op}/{name}"
         seen[label] += 1
         needed = needed_multiply_adds(name, constants)
         shared = machine_code.static_shared(code, architecture) + dynamic_shared(name, constants)

@@ -21,13 +21,15 @@ from hulukern.spec import Arguments, Case, Op
 from hulukern.testing.buffers import lay_out, poisoned_buffers
 
 
-def generator(*parts: object) -> torch.Generator:
+def generator(*parts: object, device: str | torch.device = "cpu") -> torch.Generator:
     """Seeded by what it is for, the same in every process."""
-    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
+    return torch.Generator(device).manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
 
 
 def sample(op: Op, case: Case, dtype: torch.dtype, device: str, layout: str = "contiguous", seed: int = 0) -> Arguments:
-    arguments = op.sample(case, dtype, torch.device(device), generator(op.name, case.name, dtype, seed))
+    g = generator(op.name, case.name, dtype, seed, device=device)
+    with torch.device(device):  # what a spec draws is drawn there: a large case takes seconds on the host
+        arguments = op.sample(case, dtype, torch.device(device), g)
     return pytree.tree_map_only(torch.Tensor, lambda x: lay_out(x, layout), arguments)
 
 
@@ -144,9 +146,10 @@ def graph(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: i
     outputs = [y for y in pytree.tree_leaves(run(arguments)) if y.requires_grad]
     upstream = []
     for i, y in enumerate(outputs):
-        g = torch.randn(y.shape[::-1], generator=generator(op.name, "upstream", i, seed), dtype=torch.float64)
+        draw = generator(op.name, "upstream", i, seed, device=y.device)
+        g = torch.randn(y.shape[::-1], generator=draw, dtype=torch.float64, device=y.device)
         # Not contiguous where that is possible: autograd promises nothing about upstream layouts.
-        upstream.append(g.permute(*range(g.dim() - 1, -1, -1)).to(device=y.device, dtype=y.dtype))
+        upstream.append(g.permute(*range(g.dim() - 1, -1, -1)).to(y.dtype))
     return Graph(names, outputs, leaves, upstream)
 
 

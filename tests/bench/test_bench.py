@@ -96,6 +96,9 @@ def test_every_number_in_the_report_is_in_the_json(quick: tuple[Path, str]) -> N
         (("quick", "--max-frames", "-1"), "expected above 0"),
         (("quick", "--out", str(ROOT / "README.md")), "expected a folder"),
         (("device", "--seconds", "-1"), "expected above 0"),
+        (("device", "--limit", "nan"), "expected above 0"),
+        (("device", "--device", "cpu", "--baseline", "nobody"), "expected one of"),
+        (("run", "--suite", "gpu", "--op", "bias_gelu"), "expected ops"),
         (("nonsense",), "invalid choice"),
         ((), "required"),
     ],
@@ -111,13 +114,13 @@ def test_bad_arguments_exit_2_without_a_traceback(arguments: tuple[str, ...], sa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_device_run_without_a_gpu_says_so() -> None:
-    done = bench("device", "--no-tests")
+    done = bench("device", "--stage", "ops")
     assert done.returncode == 2
     assert "has no CUDA device" in done.stderr
 
 
 def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
-    quick = ("--no-tests", "--seconds", "0.01", "--baseline", "torch")
+    quick = ("--stage", "ops", "--stage", "counters", "--seconds", "0.01", "--baseline", "torch")
     done = bench("device", "--device", "cpu", *quick, "--op", "token_score", "--op", "patch_embed", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     data = load_results(tmp_path / "device.json")
@@ -125,10 +128,21 @@ def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     assert {("token_score", "fwd", "cpu"), ("patch_embed", "bwd", "cpu"), ("patch_embed", "fwd", "torch")} <= found
     assert data["complete"]
     assert data["failures"] == []
+    assert json.loads((tmp_path / "stages-ops-counters.json").read_text())["failures"] == []
     assert "of light" in done.stdout
     from bench.device import smallest_of_each
 
     smallest_of_each("cpu")
+
+
+def test_stages_share_the_time() -> None:
+    from bench.device import LIMIT_S, STAGES, shares
+
+    assert shares(list(STAGES), LIMIT_S) == pytest.approx(STAGES)
+    assert shares(["ops"], 540.0) == {"ops": 540.0}
+    found = shares(["tests", "sanitizer", "model"], 230.0)  # the first two side by side
+    assert found["tests"] + found["model"] == pytest.approx(230.0)
+    assert found["sanitizer"] == found["tests"]
 
 
 def test_what_runs_too_long_is_stopped_with_its_children(tmp_path: Path) -> None:

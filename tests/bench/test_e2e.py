@@ -8,6 +8,7 @@ import torch
 
 from bench import e2e
 from bench.__main__ import main
+from bench.models import decoder_shape, whole
 from bench.quick import Input
 from model.media import Reading, from_memory
 
@@ -29,7 +30,7 @@ def test_points_reach_their_reductions(clip: Input) -> None:
 def test_what_is_pruned_does_not_reach_the_decoder(clip: Input, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(e2e, "REDUCTIONS", (0.0, e2e.TARGET))
     monkeypatch.setattr(e2e, "RULES", ())
-    model = e2e.build(1, 128, 1, torch.float32, "cpu")
+    model = whole({"num_hidden_layers": 1}, decoder_shape("128x1"), torch.float32, "cpu")
     seen: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda _, a: seen.append(a[0].shape[1]))
     points, rounds = e2e.measure(model, clip, 0.0, "cpu")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hulukern.ops.common import FLOATS, check_same_dtype
-from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
+from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import fail
 
 APPROXIMATE = ("tanh", "none")
@@ -66,6 +66,7 @@ _CASES = (
     Case("empty", {"N": 0, "E": 64}, frozenset({"empty"})),
 )
 _PERF = (Case("n8192_e4304", {"N": 8192, "E": 4304}, frozenset({"perf"})),)
+_GPU = at_tokens(lambda n: {"N": n, "E": 4304})
 _BAD = (
     BadCall("bias_short", lambda a: {**a, "bias": a["bias"][1:]}, ValueError, ("bias", "E=")),
     BadCall("bias_dtype", lambda a: {**a, "bias": a["bias"].half()}, TypeError, ("bias", "as x")),
@@ -83,6 +84,7 @@ BIAS_GELU = Op(
     sample=_sample,
     cases=_CASES,
     perf_cases=_PERF,
+    gpu_cases=_GPU,
     cost=_cost,
     reduction=lambda a: 4,
     exact=lambda a: False,
@@ -107,6 +109,7 @@ BIAS_GELU_BACKWARD = Op(
     sample=_sample_backward,
     cases=_CASES,
     perf_cases=_PERF,
+    gpu_cases=_GPU,
     cost=_cost,
     reduction=lambda a: max(4, a["x"].shape[0]),
     exact=lambda a: False,

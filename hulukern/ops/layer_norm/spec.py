@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hulukern.ops.common import FLOATS, check_same_dtype, rstd_of
-from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
+from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import fail
 
 EPS = 1e-6  # of every sample
@@ -115,6 +115,7 @@ LAYER_NORM = Op(
         Case("empty", {"N": 0, "E": 64, "residual": True}, frozenset({"empty"})),
     ),
     perf_cases=(Case("n8192_e1152_residual", {"N": 8192, "E": 1152, "residual": True}, frozenset({"perf"})),),
+    gpu_cases=at_tokens(lambda n: {"N": n, "E": 1152, "residual": True}),
     cost=_cost,
     reduction=lambda a: int(a["x"].shape[1]),
     exact=lambda a: False,
@@ -161,6 +162,7 @@ LAYER_NORM_BACKWARD = Op(
         Case("empty", {"N": 0, "E": 64}, frozenset({"empty"})),
     ),
     perf_cases=(Case("n8192_e1152_residual", {"N": 8192, "E": 1152, "residual": True}, frozenset({"perf"})),),
+    gpu_cases=at_tokens(lambda n: {"N": n, "E": 1152, "residual": True}),
     cost=_cost_backward,
     reduction=lambda a: max(a["summed"].shape),
     exact=lambda a: False,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hulukern.ops.common import DOT_UNINTERPRETED, FLOATS, check_frames, check_same_dtype
 from hulukern.ops.patch_embed import reference
-from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
+from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import fail
 
 MAX_CHANNELS = 4
@@ -259,6 +259,9 @@ PATCH_EMBED_CUT = Op(
             frozenset({"perf"}),
         ),
     ),
+    gpu_cases=at_tokens(
+        lambda n: {"THWC": (n // 1024, 448, 448, 3), "patch_size": 14, "merge_size": 2, "out": torch.bfloat16}
+    ),
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
@@ -295,6 +298,7 @@ PATCH_EMBED_NORMALIZE = Op(
     perf_cases=(
         Case("clip_41472x588", {"N": 41472, "channels": 3, "plane": 196, "out": torch.bfloat16}, frozenset({"perf"})),
     ),
+    gpu_cases=at_tokens(lambda n: {"N": n, "channels": 3, "plane": 196, "out": torch.bfloat16}),
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
@@ -347,6 +351,7 @@ PATCH_EMBED = Op(
         Case("empty", {"N": 0, "channels": 3, "plane": 196, "E": 16}, frozenset({"empty"})),
     ),
     perf_cases=(Case("n4096_e1152", {"N": 4096, "channels": 3, "plane": 196, "E": 1152}, frozenset({"perf"})),),
+    gpu_cases=at_tokens(lambda n: {"N": n, "channels": 3, "plane": 196, "E": 1152}),
     cost=_cost,
     reduction=lambda a: int(a["weight"].shape[1]),
     exact=lambda a: False,
@@ -399,6 +404,7 @@ PATCH_EMBED_FRAMES = Op(
             frozenset({"perf"}),
         ),
     ),
+    gpu_cases=at_tokens(lambda n: {"THWC": (n // 1024, 448, 448, 3), "patch_size": 14, "merge_size": 2, "E": 1152}),
     cost=_cost,
     reduction=lambda a: int(a["weight"].shape[1]),
     exact=lambda a: False,

@@ -8,7 +8,7 @@ import torch
 
 from hulukern.ops.common import DOT_UNINTERPRETED, FLOATS, check_same_dtype
 from hulukern.ops.rope_attention.reference import _sequences, rope_attention_rotate
-from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
+from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import fail
 
 HEAD_DIMS = (64, 72, 80, 96, 128)  # what kernels are written for; the reference takes any even one
@@ -62,11 +62,10 @@ def _sample(case: Case, dtype: torch.dtype, device: torch.device, g: torch.Gener
 
 
 def _sample_backward(case: Case, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Arguments:
-    a = _sample(case, dtype, torch.device("cpu"), g)
+    a = _sample(case, dtype, device, g)
     out, lse = _plain(**a)
-    grad = torch.randn(out.shape, generator=g).to(dtype)
-    a = {"grad": grad, "q": a["q"], "k": a["k"], "v": a["v"], "out": out, "lse": lse, **a}
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in a.items()}
+    grad = torch.randn(out.shape, generator=g).to(device, dtype)
+    return {"grad": grad, "q": a["q"], "k": a["k"], "v": a["v"], "out": out, "lse": lse, **a}
 
 
 def _sample_rotate(case: Case, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Arguments:
@@ -163,6 +162,10 @@ _PERF = (
     Case("16x256_d72", {"lengths": (256,) * 16, "A": 16, "D": 72}, frozenset({"perf"})),
     Case("1x4096_d72", {"lengths": (4096,), "A": 16, "D": 72}, frozenset({"perf"})),
 )
+_GPU = tuple(
+    Case(f"{S}x{n}_d72", {"lengths": (n,) * S, "A": 16, "D": 72}, frozenset({"perf"}))
+    for S, n in ((16, 1024), (64, 1024), (64, 256), (28, 576), (4, 4096))
+)
 _BAD = (
     BadCall("v_heads", lambda a: {**a, "v": a["v"][:, :1]}, ValueError, ("v", "A=")),
     BadCall("k_dtype", lambda a: {**a, "k": a["k"].half()}, TypeError, ("k", "as q")),
@@ -187,6 +190,7 @@ ROPE_ATTENTION = Op(
     sample=_sample,
     cases=_CASES,
     perf_cases=_PERF,
+    gpu_cases=_GPU,
     cost=_cost,
     # A logit sums D products, an output up to the longest sequence.
     reduction=lambda a: int(a["q"].shape[2]) + int(a["k"].shape[0]),
@@ -222,6 +226,7 @@ ROPE_ATTENTION_BACKWARD = Op(
     sample=_sample_backward,
     cases=_CASES,
     perf_cases=_PERF[:1],
+    gpu_cases=(*_PERF[1:], *_GPU),
     cost=_cost,
     reduction=lambda a: int(a["q"].shape[2]) + int(a["k"].shape[0]) + int(a["q"].shape[0]),
     exact=lambda a: False,
@@ -259,6 +264,7 @@ ROPE_ATTENTION_ROTATE = Op(
         Case("empty", {"lengths": (), "A": 2, "D": 72}, frozenset({"empty"})),
     ),
     perf_cases=(Case("n8192_d72", {"lengths": (8192,), "A": 16, "D": 72}, frozenset({"perf"})),),
+    gpu_cases=at_tokens(lambda n: {"lengths": (n,), "A": 16, "D": 72}),
     cost=_cost_rotate,
     reduction=lambda a: 2,
     exact=lambda a: False,

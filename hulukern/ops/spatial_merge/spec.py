@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hulukern.ops.common import FLOATS, check_same_dtype, rstd_of
-from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
+from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import fail
 
 EPS = 1e-6  # of every sample
@@ -125,6 +125,7 @@ _PERF = (
     Case("cells4096_e1152_keep", {"cells": 4096, "E": 1152, "merge_size": 2, "keep": True}, frozenset({"perf"})),
     Case("cells4096_e1152", {"cells": 4096, "E": 1152, "merge_size": 2}, frozenset({"perf"})),
 )
+_GPU = at_tokens(lambda n: {"cells": n // 4, "E": 1152, "merge_size": 2, "keep": True})
 _X = TensorArg("x", "N E", FLOATS, "patch rows in merge-block order")
 _WEIGHT = TensorArg("weight", "E", FLOATS, "LayerNorm scale; none: no LayerNorm", optional=True)
 _KEEP = TensorArg("keep", "K", (torch.int64,), "cells to merge, strictly increasing; none: all", optional=True)
@@ -140,6 +141,7 @@ SPATIAL_MERGE = Op(
     sample=_sample,
     cases=_CASES,
     perf_cases=_PERF,
+    gpu_cases=_GPU,
     cost=_cost,
     reduction=lambda a: int(a["x"].shape[1]),
     exact=lambda a: False,
@@ -189,6 +191,7 @@ SPATIAL_MERGE_BACKWARD = Op(
     sample=_sample_backward,
     cases=_CASES,
     perf_cases=_PERF,
+    gpu_cases=_GPU,
     cost=_cost,
     reduction=lambda a: max(a["x"].shape),
     exact=lambda a: False,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hulukern.ops.common import FLOATS
-from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
+from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import dtype_name, fail
 
 ROWS = (*FLOATS, torch.float64, torch.uint8, torch.bool, torch.int16, torch.int32, torch.int64)
@@ -125,6 +125,7 @@ TOKEN_COMPACT = Op(
         Case("empty", {"N": 0, "row": (16,)}, frozenset({"empty"})),
     ),
     perf_cases=(Case("n10368_2352", {"N": 10368, "row": (2352,)}, frozenset({"perf"})),),
+    gpu_cases=at_tokens(lambda n: {"N": n // 4, "row": (2352,)}),
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,
@@ -177,6 +178,7 @@ TOKEN_COMPACT_BACKWARD = Op(
         Case("empty", {"N": 0, "row": (8,)}, frozenset({"empty"})),
     ),
     perf_cases=(Case("n10368_1152", {"N": 10368, "row": (1152,)}, frozenset({"perf"})),),
+    gpu_cases=at_tokens(lambda n: {"N": n // 4, "row": (1152,)}),
     cost=_cost,
     reduction=lambda a: 1,
     exact=lambda a: True,

@@ -8,7 +8,7 @@ import torch
 
 from hulukern.ops.common import FLOATS, PIXELS, check_frames, check_grid
 from hulukern.ops.token_score import reference as reference_impl
-from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg
+from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import fail
 
 MAX_WINDOWS = 8
@@ -146,6 +146,7 @@ TOKEN_SCORE = Op(
         Case("empty_grid", {"grid_thw": [(0, 4, 4), (2, 2, 2)], "L": 12, "merge_size": 2}, frozenset({"empty"})),
     ),
     perf_cases=(Case("clip_32x36x36", {"grid_thw": [(32, 36, 36)], "L": 588, "merge_size": 2}, frozenset({"perf"})),),
+    gpu_cases=at_tokens(lambda n: {"grid_thw": [(n // 1024, 32, 32)], "L": 588, "merge_size": 2}),
     cost=_cost,
     reduction=_reduction,
     # Integers are summed exactly and divided once.
@@ -188,6 +189,7 @@ TOKEN_SCORE_FRAMES = Op(
     perf_cases=(
         Case("clip_32x504x504", {"THWC": (32, 504, 504, 3), "patch_size": 14, "merge_size": 2}, frozenset({"perf"})),
     ),
+    gpu_cases=at_tokens(lambda n: {"THWC": (n // 1024, 448, 448, 3), "patch_size": 14, "merge_size": 2}),
     cost=_cost,
     reduction=_reduction,
     exact=lambda a: True,
