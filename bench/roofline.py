@@ -7,6 +7,7 @@ beside the datasheet's dense peaks where the device has one. Data that a cache h
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,19 +76,34 @@ def measure(device: str, seconds: float = 2.0) -> Ceilings:
     n = 1 << (30 if cuda else 27)
     source = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    side = 8192 if cuda else 1536
     runs: dict[str, Any] = {"copy": lambda: target.copy_(source)}
-    for dtype in MATMUL_DTYPES:
-        a = torch.randn(side, side, device=device).to(dtype)
-        runs[dtype_name(dtype)] = lambda a=a: a @ a
+    sides = {dtype_name(dtype): 8192 if cuda else _side(dtype) for dtype in MATMUL_DTYPES}
+    for name, side in sides.items():
+        a = torch.randn(side, side, device=device).to(getattr(torch, name))
+        runs[name] = lambda a=a: a @ a
     with torch.inference_mode():
         if cuda:
             on_device = {name: (lambda _, call=call: call()) for name, call in runs.items()}
             rounds = interleave_cuda(on_device, sets=1, seconds=seconds)
         else:
             rounds = interleave(runs, seconds=seconds, min_rounds=5, warmups=1)
-    flops = {name: 2 * side**3 / rounds.timing(name).median for name in runs if name != "copy"}
+    flops = {name: 2 * side**3 / rounds.timing(name).median for name, side in sides.items()}
+    if not cuda:  # where fp16 has no instructions, whoever converts it first has those of fp32
+        flops["float16"] = max(flops["float16"], flops["float32"])
     return Ceilings(2 * n / rounds.timing("copy").median, flops)
+
+
+def _side(dtype: torch.dtype) -> int:
+    """Of a matmul that a CPU does in a tenth of a second: fp16 without instructions for it is 200 times as slow."""
+    side, probe = 1536, 192
+    a = torch.randn(probe, probe).to(dtype)
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    took = time.perf_counter() - start
+    while side > probe and took * (side / probe) ** 3 > 0.1:
+        side //= 2
+    return side
 
 
 def annotate(

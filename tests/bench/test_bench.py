@@ -121,11 +121,11 @@ def test_device_run_without_a_gpu_says_so() -> None:
 
 def test_device_run_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     quick = ("--stage", "ops", "--stage", "counters", "--seconds", "0.01", "--baseline", "torch")
-    done = bench("device", "--device", "cpu", *quick, "--op", "token_score", "--op", "patch_embed", OUT=str(tmp_path))
+    done = bench("device", "--device", "cpu", *quick, "--op", "token_score", "--op", "layer_norm", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     data = load_results(tmp_path / "device.json")
     found = {(r["op"], r["direction"], r["impl"]) for r in data["rows"]}
-    assert {("token_score", "fwd", "cpu"), ("patch_embed", "bwd", "cpu"), ("patch_embed", "fwd", "torch")} <= found
+    assert {("token_score", "fwd", "cpu"), ("layer_norm", "bwd", "cpu"), ("layer_norm", "fwd", "torch")} <= found
     assert data["complete"]
     assert data["failures"] == []
     assert json.loads((tmp_path / "stages-ops-counters.json").read_text())["failures"] == []
