@@ -246,6 +246,8 @@ def contenders(group: Group, wanted: Filter, device: str, reasons: dict[str, str
     found = []
     for backend in wanted.backends or roofline.OURS:
         reason = why_not(op, backend, device)
+        if not reason and device == "cpu" and backend != "cpu" and not wanted.backends:
+            reason = "interpreted or simulated here: a proof, and no speed unless --backend asks for it"
         if reason:
             reasons[backend] = f"absent: {reason}"
         else:
