@@ -13,7 +13,7 @@ namespace {
 using hk::RopeAttentionArgs;
 using hk::RopeAttentionBackwardArgs;
 
-constexpr int64_t kBlock = 128;
+constexpr int64_t kBlock = 128;  // shared by four to eight tiles: 2 % faster and not worth its code (Zen 4)
 constexpr float kLog2e = 1.44269504f;
 // Heads of all sequences from which one pass pays, up to as many threads (1.3 times as fast on two).
 constexpr int64_t kEnough = 32;
