@@ -1,5 +1,5 @@
-"""The static pins against hardware: registers, shared memory and occupancy of every kernel as ncu reports them for a
-real launch, beside what was pinned without a GPU, with the time, the warps that ran and the memory that moved.
+"""The static pins against hardware: registers, shared memory and occupancy as ncu reports them for a real launch of
+every op's first case, beside what was pinned without a GPU, with the time and the warps that ran.
 
 ``python -m bench.counters FILE`` is what runs under ncu: it launches each op's first case once on each backend, and
 leaves in FILE which Triton kernels those calls launched, in order.
@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def command(tool: str, launched: Path, log: Path) -> list[str]:
     base = ["--kernel-name-base", "mangled", "--print-kernel-base", "mangled"]
     names = [*base, "--kernel-name", "regex:^_ZN2hk|_kernel$"]
     form = ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
-    return [tool, *sections, *names, *form, sys.executable, "-m", "bench.counters", str(launched)]
+    ncu = [tool, "--clock-control", "none", *sections, *names, *form]  # clocks as users have them
+    return [*ncu, sys.executable, "-m", "bench.counters", str(launched)]
 
 
 def launch_all(record: Path) -> None:
@@ -89,7 +90,7 @@ def read(text: str) -> Iterator[tuple[str, dict[str, float]]]:
         raise ValueError(f"ncu: has no table in its output ({text.strip()[-200:]!r}), expected CSV")
     for line in lines[head + 1 :]:
         entry = dict(zip(lines[head], line, strict=False))
-        if entry["ID"].isdigit():  # the line below the head has units
+        if entry["ID"].isdigit() and len(line) == len(lines[head]):  # nor units, nor a last line that was cut
             numbers = {to: _number(entry.get(name, "")) for name, to in COUNTERS.items()}
             yield entry["Kernel Name"], {k: v for k, v in numbers.items() if not math.isnan(v)}
 
@@ -104,8 +105,8 @@ def _number(text: str) -> float:
 def compare(text: str, order: list[dict[str, str]], architecture: int) -> list[dict[str, Any]]:
     """One entry per kernel that is ours: its counters, its pin where there is one, and what differs."""
     pinned = {
-        "cuda": _pins("cuda", cuda_rows.target(architecture)),
-        "triton": _pins("triton", triton_rows.target(architecture)),
+        "cuda": _pins("cuda", cuda_rows.target(architecture), lambda: cuda_rows.toolchain(architecture)),
+        "triton": _pins("triton", triton_rows.target(architecture), lambda: triton_rows.toolchain(architecture)),
     }
     names, found = {e["kernel"] for e in order}, []
     waiting = list(order)
@@ -138,12 +139,9 @@ def compare(text: str, order: list[dict[str, str]], architecture: int) -> list[d
     return found
 
 
-def _pins(backend: str, target: str) -> dict[str, pins.Pin]:
-    """Of all toolchains; the last one's where several have a kernel."""
-    merged: dict[str, pins.Pin] = {}
-    for kernels in pins.load(pins.path_of(backend, target)).values():
-        merged |= kernels
-    return merged
+def _pins(backend: str, target: str, toolchain: Callable[[], str]) -> dict[str, pins.Pin]:
+    """Those of the compilers that are here: others make other code."""
+    return pins.load(pins.path_of(backend, target)).get(toolchain(), {})
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -1,13 +1,15 @@
 """Everything that needs a GPU, in stages: op tests on every backend, compute-sanitizer, suite ops against every peer,
-the model (suite gpu), the tuning sweep, and ncu against the static pins. Each stage has its share of the time, so that
-the whole ends within 8 minutes; what one leaves is named, and ``--stage`` gives one all of it.
+the model (suite gpu), ncu against the static pins, and the tuning sweep. Each stage is a process of its own that is
+stopped when its share of the time is over, and writes its file as it goes: what one loses the others keep.
 
-Uses what a bare machine with torch has: no matplotlib, no plugin of pytest, no readers of medical files.
+Uses what a bare machine with torch has: no matplotlib, no plugin of pytest, no readers of medical files. Where the tree
+has no repository, HULUKERN_COMMIT names its commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from typing import Any
 import torch
 
 import hulukern
-from bench import counters, ops, sweep
+from bench import counters, gpu, ops
 from bench.baselines import BASELINES
 from bench.results import load_results, write_text
 from hulukern.backends import unavailable
@@ -32,21 +37,28 @@ from hulukern.testing import harness
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = """examples:
-  bench/device.sh                            build for this GPU, then all of it, under 8 minutes
-  bench/device.sh --out bench/results/h100   where device.json, gpu.json, tests.txt and others go
-  bench/device.sh --stage ops --limit 540    one stage in full
+  bench/device.sh                            build for this GPU, then all of it, in 8 minutes: what they are too short
+                                             for is named
+  bench/device.sh --out bench/results/h100   where log.txt and the JSON files go
+  bench/device.sh --stage ops --limit 450    all of one stage
+  bench/device.sh --stage model --stage compiled --stage sweep --limit 500
   python -m bench device --device cpu        a rehearsal where there is no GPU
   python -m bench device --stage ops --op rope_attention --baseline flex --baseline torch.compile
 
 Rows of the sweep go to tuning.json in the folder of the results. Copied over hulukern/tuning.json they take effect.
 
-exit codes: 0 done, 1 a test, the sanitizer, an op or a step failed (the JSON is written all the same), 2 bad arguments
+exit codes: 0 done, 1 a test, the sanitizer, an op or a step failed, or what a GPU machine has is not there (the JSON is
+written all the same), 2 bad arguments
 """
 # Seconds of the default limit; another limit is shared out alike among the stages that run. Tests and sanitizer run
-# side by side. Building for one architecture comes before (a minute), and a group or kernel that has begun takes up to
-# half a minute more.
-STAGES = {"tests": 120.0, "sanitizer": 120.0, "ops": 100.0, "model": 110.0, "sweep": 30.0, "counters": 30.0}
-LIMIT_S = 390.0
+# side by side. Building for one architecture comes before: a minute.
+STAGES = {
+    "tests": 95.0, "sanitizer": 95.0, "ops": 100.0, "model": 140.0, "counters": 35.0, "sweep": 30.0, "compiled": 120.0,
+}  # fmt: skip
+ON_DEMAND = ("compiled",)  # suite ops against the peers that compile, some 10 s a case
+LIMIT_S = 400.0
+GRACE_S = 10.0  # between being told to stop and being stopped
+ATTEMPTS = 4  # at suite ops, each from behind the kernel that took the device with it
 
 
 def smallest_of_each(device: str) -> None:
@@ -62,20 +74,18 @@ def smallest_of_each(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def run_tests(device: str, out: Path, limit_s: float) -> dict[str, Any]:
-    """The op tests on ``device``, in parallel where pytest-xdist is; their whole output goes to tests.txt."""
+def run_tests(device: str, log: Log, limit_s: float) -> dict[str, Any]:
+    """The op tests on ``device``, in parallel where pytest-xdist is; the reference on a GPU needs no proof there."""
     environment = {**os.environ, "HULUKERN_DEVICE": device}
-    workers = max(1, (os.cpu_count() or 2) // 2)
-    parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(os.cpu_count() or 2), "--dist=worksteal"] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *parallel]
-    command = [*pytest, "tests/ops/test_ops.py"]
-    text, code = _capture(command, limit_s, environment)
-    write_text(out / "tests.txt", text)
+    text, code = capture([*pytest, "-k", "not reference", "tests/ops/test_ops.py"], limit_s, environment)
+    log.add("tests", text)
     found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", text[-400:])}
-    return {"command": " ".join(command[1:]), "exit_code": code, **found}
+    return {"exit_code": code, **found}
 
 
-def run_sanitizer(check_name: str, device: str, out: Path, limit_s: float) -> dict[str, Any]:
+def run_sanitizer(check_name: str, device: str, log: Log, limit_s: float) -> dict[str, Any]:
     """memcheck or racecheck over the smallest case of every CUDA kernel."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
@@ -84,12 +94,82 @@ def run_sanitizer(check_name: str, device: str, out: Path, limit_s: float) -> di
         return {"absent": unavailable("cuda")}
     command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, "-m", "bench.device", device]
     # Every tensor an allocation of its own, or what lies beyond one is another's and no error.
-    text, code = _capture(command, limit_s, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    write_text(out / f"{check_name}.txt", text)
+    text, code = capture(command, limit_s, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    log.add(check_name, text)
     return {"exit_code": code}
 
 
-def _capture(command: list[str], limit_s: float, environment: dict[str, str]) -> tuple[str, int]:
+def run_ops(options: argparse.Namespace, peers: list[str], path: Path, log: Log, limit_s: float) -> dict[str, Any]:
+    """Suite ops; where a kernel takes the device with it, again from behind that one."""
+    end = time.monotonic() + limit_s
+    wanted = ops.Filter(ops=options.op, baselines=peers)
+    seconds = options.seconds * len(ops.groups(wanted, options.device))
+    names = [x for name in options.op for x in ("--op", name)] + [x for peer in peers for x in ("--baseline", peer)]
+    command = [sys.executable, "-m", "bench", "run", "--suite", "ops", "--json", str(path), "--seconds", str(seconds)]
+    resume: list[str] = []
+    for _ in range(ATTEMPTS):
+        left = max(end - time.monotonic(), 1.0)
+        text, code = capture([*command, *names, *resume, "--limit", str(max(left - 15, 1.0))], left, dict(os.environ))
+        log.add(path.stem, text)
+        resume = ["--resume"]
+        if code != 2 or "--resume goes on" not in text or time.monotonic() > end:
+            break
+    return {"exit_code": code}
+
+
+def run_model(path: Path, log: Log, limit_s: float) -> dict[str, Any]:
+    """Suite gpu."""
+    seconds = limit_s / 5  # of measuring; building models, compiling and warming up take the rest
+    command = [sys.executable, "-m", "bench", "run", "--suite", "gpu", "--json", str(path), "--seconds", str(seconds)]
+    text, code = capture(command, limit_s, dict(os.environ))
+    log.add("model", text)
+    return {"exit_code": code}
+
+
+def run_counters(out: Path, log: Log, limit_s: float) -> dict[str, Any]:
+    """ncu over our kernels, beside the static pins; of what it had seen when it was stopped, too."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        return {"absent": "no ncu on PATH"}
+    with tempfile.TemporaryDirectory() as folder:
+        launched, table = Path(folder) / "launched.json", Path(folder) / "ncu.csv"
+        text, code = capture(counters.command(tool, launched, table), limit_s, dict(os.environ))
+        log.add("ncu", text)
+        seen = table.read_text() if table.exists() else ""
+        order = json.loads(launched.read_text()) if launched.exists() else []
+    major, minor = torch.cuda.get_device_capability()
+    found = counters.compare(seen, order, 10 * major + minor)
+    write_text(out / "counters.json", json.dumps(found, indent=1) + "\n")
+    log.add("counters", counters.table(found))
+    pinned = [entry for entry in found if entry["pinned"]]
+    differ = sum(bool(entry["differs"]) for entry in pinned)
+    return {"exit_code": code, "kernels": len(found), "pinned": len(pinned), "differ": differ}
+
+
+def run_sweep(options: argparse.Namespace, log: Log, limit_s: float) -> dict[str, Any]:
+    """The tuning sweep, which leaves the kernels that it was done with."""
+    names = [x for name in options.op for x in ("--op", name)]
+    where = ["--out", str(options.out), "--table", str(options.out / "tuning.json")]
+    command = [sys.executable, "-m", "bench", "sweep", *names, *where, "--seconds", str(options.seconds)]
+    text, code = capture([*command, "--limit", str(limit_s / 2)], limit_s, dict(os.environ))
+    log.add("sweep", text)
+    return {"exit_code": code}
+
+
+class Log:
+    """What every stage said, in one file that is written whole each time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.text, self._lock = path, "", threading.Lock()
+
+    def add(self, stage: str, text: str) -> None:
+        with self._lock:
+            self.text += f"=== {stage}\n{text.rstrip()}\n\n"
+            write_text(self.path, self.text)
+
+
+def capture(command: list[str], limit_s: float, environment: dict[str, str]) -> tuple[str, int]:
+    """What a command said and its exit code, 124 when it was stopped: it may say what it had before it is killed."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, errors="replace", stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
@@ -97,42 +177,25 @@ def _capture(command: list[str], limit_s: float, environment: dict[str, str]) ->
     try:
         return process.communicate(timeout=limit_s)[0], process.returncode
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        text = process.communicate(timeout=GRACE_S)[0]
+    except subprocess.TimeoutExpired:
+        text = ""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its workers too: what comes next is timed
-        return f"{process.communicate()[0]}\nstopped after {limit_s:.0f} s", 124
-
-
-def run_model(out: Path, limit_s: float) -> dict[str, Any]:
-    """Suite gpu in a process of its own, which writes its file step by step."""
-    seconds = limit_s / 4  # of measuring; building models, compiling and warming up take the rest
-    command = [sys.executable, "-m", "bench", "run", "--suite", "gpu", "--json", str(out / "gpu.json")]
-    text, code = _capture([*command, "--seconds", str(seconds)], limit_s, dict(os.environ))
-    write_text(out / "gpu.txt", text)
-    return {"exit_code": code}
-
-
-def run_counters(out: Path, limit_s: float) -> dict[str, Any]:
-    """ncu over every kernel once, beside the static pins."""
-    tool = shutil.which("ncu")
-    if tool is None:
-        return {"absent": "no ncu on PATH"}
-    launched, log = out / "launched.json", out / "ncu.csv"
-    text, code = _capture(counters.command(tool, launched, log), limit_s, dict(os.environ))
-    if code or not log.exists():
-        write_text(out / "ncu.txt", text)
-        return {"exit_code": code or 1}
-    major, minor = torch.cuda.get_device_capability()
-    found = counters.compare(log.read_text(), json.loads(launched.read_text()), 10 * major + minor)
-    write_text(out / "counters.json", json.dumps(found, indent=1) + "\n")
-    write_text(out / "ncu.txt", counters.table(found) + "\n")
-    pinned = [entry for entry in found if entry["pinned"]]
-    return {"kernels": len(found), "pinned": len(pinned), "differ": sum(bool(e["differs"]) for e in pinned)}
+    text = text or process.communicate()[0]
+    return f"{text}\nstopped after {limit_s:.0f} s", 124
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Path(os.environ.get("OUT") or ROOT / "bench/out/device")
     parser.add_argument("--out", type=Path, default=default, help="folder for the results (default: $OUT)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal")
-    parser.add_argument("--stage", action="append", default=[], choices=list(STAGES), help="this one (default: all)")
+    most = ", ".join(ON_DEMAND)
+    parser.add_argument(
+        "--stage", action="append", default=[], choices=list(STAGES), help=f"this one (default: all but {most})"
+    )
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="S", help=f"for all (default: {LIMIT_S:g})")
     parser.add_argument("--op", action="append", default=[], help="time these ops only", choices=list(hulukern.OPS))
     parser.add_argument(
@@ -155,62 +218,57 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch: has no CUDA device, expected one; --device cpu is a rehearsal")
     begin, cuda, out = time.monotonic(), options.device == "cuda", options.out
-    share = shares(options.stage or list(STAGES), options.limit)
-    quick = [peer.name for peer in BASELINES if not peer.compiles]
-    wanted = ops.Filter(ops=options.op, baselines=options.baseline or quick)
-    wanted.check()
-    done: dict[str, Any] = {}
-    failures: list[str] = []
-    suite: ops.Suite | None = None
+    share = shares(options.stage or [name for name in STAGES if name not in ON_DEMAND], options.limit)
+    quick = options.baseline or [peer.name for peer in BASELINES if not peer.compiles]
+    ops.Filter(ops=options.op, baselines=quick).check()
+    out.mkdir(parents=True, exist_ok=True)
+    log, device = Log(out / "log.txt"), options.device
+    device_json, compiled_json, gpu_json = (out / f"{name}.json" for name in ("device", "compiled", "gpu"))
+    done: dict[str, dict[str, Any]] = {}
 
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
+    def take(name: str, stage: Callable[[], dict[str, Any]]) -> None:
+        """No stage may cost the others their turn."""
+        begun = time.monotonic()
+        print(f"[{begun - begin:5.0f} s] {name}", flush=True)
+        try:
+            done[name] = stage()
+        except Exception as error:
+            done[name] = {"exit_code": 2, "error": f"{type(error).__name__}: {error}"}
+        done[name]["seconds"] = round(time.monotonic() - begun, 1)
 
     with ThreadPoolExecutor() as pool:
-        checks = {}
         if "tests" in share:
-            checks["tests"] = pool.submit(run_tests, options.device, out, share["tests"])
+            pool.submit(take, "tests", lambda: run_tests(device, log, share["tests"]))
         for name in ("memcheck", "racecheck") if "sanitizer" in share and cuda else ():
-            checks[name] = pool.submit(run_sanitizer, name, options.device, out, share["sanitizer"])
-        say(", ".join(checks) or "no checks")
-        done |= {name: found.result() for name, found in checks.items()}
+            pool.submit(take, name, lambda name=name: run_sanitizer(name, device, log, share["sanitizer"]))  # type: ignore[misc]
     if "ops" in share:
-        suite = ops.Suite(out / "device.json", wanted, options.device)
-        say(f"{len(suite.groups)} groups of suite ops, main dtypes first")
-        for group in suite.run(options.seconds, time.monotonic() + share["ops"]):
-            say(str(group))
-        failures += suite.wrong
+        take("ops", lambda: run_ops(options, quick, device_json, log, share["ops"]))
     if "model" in share:
-        say("model: encoder, training step, reduction")
-        if cuda:
-            torch.cuda.empty_cache()  # what suite ops freed is the other process's
-        done["model"] = run_model(out, share["model"])
-    if "sweep" in share and cuda and not unavailable("triton"):
-        say("tuning sweep")
-        try:
-            done["not_swept"] = sweep.on_gpu(options.op, options.seconds, share["sweep"], out, out / "tuning.json")
-        except Exception as error:  # what was timed is worth its table
-            failures.append(f"sweep: {type(error).__name__}: {error}")
+        take("model", lambda: run_model(gpu_json, log, share["model"]))
     if "counters" in share and cuda:
-        say("ncu")
-        try:
-            done["counters"] = run_counters(out, share["counters"])
-        except Exception as error:
-            failures.append(f"counters: {type(error).__name__}: {error}")
-    failures += [f"{name}: exit code {found['exit_code']}" for name, found in done.items()
-                 if isinstance(found, dict) and found.get("exit_code")]  # fmt: skip
-    summary = done | {"failures": failures, "seconds": time.monotonic() - begin}
-    write_text(out / f"{'-'.join(['stages', *options.stage])}.json", json.dumps(summary, indent=1) + "\n")
-    if suite is not None:
-        suite.extra = summary
-        suite.save()
-        print(ops.table(suite.rows, load_results(suite.path)["roofline"]))
-    for name, text in (("model", out / "gpu.txt"), ("counters", out / "ncu.txt")):
-        if name in done and text.exists():
-            print(text.read_text())
+        take("counters", lambda: run_counters(out, log, share["counters"]))
+    if "compiled" in share:
+        slow = options.baseline or [peer.name for peer in BASELINES if peer.compiles]
+        take("compiled", lambda: run_ops(options, slow, compiled_json, log, share["compiled"]))
+    if "sweep" in share and cuda:
+        take("sweep", lambda: run_sweep(options, log, share["sweep"]))
+
+    stopped = [name for name, found in done.items() if found.get("exit_code") == 124]
+    failures = [f"{name}: {found}" for name, found in done.items()
+                if found.get("exit_code", 0) not in (0, 124) or found.get("failed") or "absent" in found]  # fmt: skip
+    failures += [f"{name} {why}" for name in ("cuda", "triton") if cuda and (why := unavailable(name))]
+    summary = {"stages": done, "stopped": stopped, "failures": failures, "seconds": time.monotonic() - begin}
+    write_text(out / "stages.json", json.dumps(summary, indent=1) + "\n")
+    for name, path, table in (
+        ("ops", device_json, lambda d: ops.table(d["rows"], d["roofline"])),
+        ("compiled", compiled_json, lambda d: ops.table(d["rows"], d["roofline"])),
+        ("model", gpu_json, gpu.table),
+    ):
+        if name in done and path.exists():
+            print(table(load_results(path)))
     print("\n".join(f"{name}: {found}" for name, found in done.items()))
-    if suite is not None and suite.left:
-        print(f"no time for: {', '.join(map(str, suite.left))}")
+    if stopped:
+        print(f"stopped before the end: {', '.join(stopped)}; --stage and --limit give one its time")
     print(f"\n{out}" + "".join(f"\nfailed: {f}" for f in failures))
     return 1 if failures else 0
 

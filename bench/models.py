@@ -32,6 +32,12 @@ def encoders(layers: int, device: str = "cpu", sizes: Mapping[str, int] = REAL) 
     with torch.device(device):
         theirs = VideoLlama3VisionModel(config).eval()
         ours = HuluMedVisionModel(HuluMedVisionConfig(num_hidden_layers=layers, **sizes), backend=device)
+    # Initial weights make all logits alike: attention would be a mean, whatever the rotary. Sharper than this, and what
+    # bf16 rounds would grow over 27 layers.
+    with torch.no_grad():
+        for layer in theirs.encoder.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight *= 2 * (1152 / sizes["hidden_size"]) ** 0.5
     frequencies = theirs.rotary_pos_emb.inv_freq.clone()
     theirs = theirs.to(torch.bfloat16)
     theirs.rotary_pos_emb.inv_freq = frequencies  # as from_pretrained leaves them

@@ -62,6 +62,10 @@ class Wrong(RuntimeError):
     """An implementation is not worth timing."""
 
 
+class DeviceLost(RuntimeError):
+    """A kernel left the GPU's context unusable: no more can be measured in this process."""
+
+
 @dataclass(frozen=True)
 class Filter:
     """What to measure; empty is all."""
@@ -118,9 +122,9 @@ def groups(wanted: Filter, device: str) -> list[Group]:
                     group = Group(name, case.name, dtype_name(dtype), direction)
                     pairs = ((group.op, wanted.ops), (group.case, wanted.cases), (group.dtype, wanted.dtypes))
                     if all(not names or value in names for value, names in pairs):
-                        found.append((dtype != op.main_dtype, case in more, group))
-    # Main dtypes and what every machine has first: a deadline cuts the others.
-    found.sort(key=lambda entry: entry[:2])
+                        found.append((dtype != op.main_dtype, name != "rope_attention", case in more, group))
+    # A deadline cuts what comes last: first main dtypes, of these attention, then what every machine has.
+    found.sort(key=lambda entry: entry[:3])
     if not found:
         raise ValueError("--op, --case, --dtype: have no performance case in common, see python -m bench list")
     return [group for *_, group in found]
@@ -175,9 +179,10 @@ def measure(
     """Rows of those that hold; ``reasons`` gets why another does not: "absent: …" where it cannot, "wrong: …" where
     its result is. Inputs change from call to call; ``warm``, between two only, which caches may hold."""
     op = hulukern.OPS[group.op].spec
-    torch.compiler.reset()  # each group compiles for its own shapes
+    if any(peer.compiles for peer in BASELINES if peer.name in {c.name for c in contenders}):
+        torch.compiler.reset()  # they compile for each group's own shapes
     case, dtype = op.timed_case(group.case), getattr(torch, group.dtype)
-    sample = functools.partial(harness.sample, op, case, dtype, device)
+    sample = functools.partial(harness.sample, op, case, dtype, device, drawn_on=device)
     first = sample()
     exact, cost = op.exact(first), _cost(op, case, dtype, first, group.direction, device)
     sets = 2 if warm else max(2, n_cold(cost[0], device))
@@ -233,6 +238,8 @@ def measure(
 
 
 def _seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()  # what made the arguments is not the call's
     start = time.perf_counter()
     call()
     if device == "cuda":
@@ -296,7 +303,8 @@ def _time(contenders: list[Contender], sets: int, device: str, seconds: float) -
 
 def _graph(op: Op, a: Arguments, run: Run) -> harness.Graph:
     """With upstream gradients as a layer behind it has them, in rows: the harness's own would time a transposition."""
-    g = harness.graph(op, a, run)
+    device = next(x.device.type for x in pytree.tree_leaves(a) if isinstance(x, torch.Tensor))
+    g = harness.graph(op, a, run, drawn_on=device)
     return dataclasses.replace(g, upstream=[x.contiguous() for x in g.upstream])
 
 
@@ -352,8 +360,18 @@ def _cost(op: Op, case: Case, dtype: torch.dtype, a: Arguments, direction: str, 
     backward = hulukern.OPS.get(f"{op.name}_backward")
     if backward is None or case not in (*backward.spec.perf_cases, *backward.spec.gpu_cases):
         return 0, 0
-    cost = backward.spec.cost(harness.sample(backward.spec, case, dtype, device))
+    cost = backward.spec.cost(harness.sample(backward.spec, case, dtype, device, drawn_on=device))
     return cost.bytes, cost.flops
+
+
+def _lost(device: str) -> str:
+    """Why nothing can run any more; empty where it can."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return _line(error)
+    return ""
 
 
 def _line(error: BaseException) -> str:
@@ -409,7 +427,13 @@ class Suite:
                 self.rows += measure(group, found, self.device, seconds, reasons, self.warm)
             except Exception as error:  # no group may cost the others their turn
                 reasons["all"] = f"wrong: {type(error).__name__}: {_line(error)}"
+            lost = _lost(self.device)
+            if lost:
+                reasons["all"] = f"wrong: the device is lost: {lost}"
             self.reasons[str(group)] = reasons
+            if lost:
+                self.save()
+                raise DeviceLost(f"{group}: {lost}")
             if time.monotonic() - self._saved > SAVE_EVERY_S:
                 self.save()
             yield group
@@ -466,8 +490,8 @@ def table(rows: Sequence[Mapping[str, Any]], light: Sequence[Mapping[str, Any]])
     return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def main(path: Path, wanted: Filter, seconds: float, resume: bool, warm: bool) -> int:
-    """The suite as a command. Exit code 1 when a result is wrong, 2 when interrupted."""
+def main(path: Path, wanted: Filter, seconds: float, resume: bool, warm: bool, limit_s: float = float("inf")) -> int:
+    """The suite as a command. Exit code 1 when a result is wrong, 2 when interrupted or the device is lost."""
     wanted.check()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":  # one core a thread, the same ones throughout
@@ -477,7 +501,7 @@ def main(path: Path, wanted: Filter, seconds: float, resume: bool, warm: bool) -
     each = seconds / len(suite.groups)
     print(f"{len(left)} of {len(suite.groups)} groups to measure, about {each:.2g} s each and as long for checks")
     try:
-        for group in suite.run(each):
+        for group in suite.run(each, begin + limit_s):
             print(f"[{time.monotonic() - begin:5.0f} s] {group}", flush=True)
     except KeyboardInterrupt:
         suite.save()
@@ -485,6 +509,11 @@ def main(path: Path, wanted: Filter, seconds: float, resume: bool, warm: bool) -
             f"bench: interrupted with {len(suite.left)} groups left; {path} is whole, --resume goes on", file=sys.stderr
         )
         return 2
+    except DeviceLost as error:
+        print(f"bench: {error}; {path} is whole, --resume goes on", file=sys.stderr)
+        return 2
     print(table(suite.rows, load_results(path)["roofline"]))
+    if suite.left:
+        print(f"no time for: {', '.join(map(str, suite.left))}")
     print("\n".join([f"wrong  {w}" for w in suite.wrong] + [str(path)]))
     return 1 if suite.wrong else 0

@@ -84,7 +84,11 @@ def longest(found: profile, device: str, label: str = "", calls: int = 1) -> lis
     def own(event: object) -> float:
         return float(getattr(event, "self_device_time_total" if kernels else "self_cpu_time_total"))
 
-    events = [e for e in found.key_averages() if own(e) > 0 and (e.key != label or not kernels)]
+    # Of a GPU, its kernels: what launched them has their time too.
+    events = [
+        e for e in found.key_averages()
+        if own(e) > 0 and (not kernels or (e.device_type.name == "CUDA" and not e.is_user_annotation))
+    ]  # fmt: skip
     total = sum(map(own, events)) or 1.0
     return [
         {

@@ -43,11 +43,10 @@ def meta() -> dict[str, Any]:
     from hulukern.env import report
 
     root = Path(__file__).parents[1]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     env = report()
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": os.environ.get("HULUKERN_COMMIT") or _commit(root) or "unknown",
         "hulukern": hulukern.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -55,6 +54,14 @@ def meta() -> dict[str, Any]:
         "native": env["native"],
         "gpu": env["gpu"],
     }
+
+
+def _commit(root: Path) -> str:
+    """Empty where there is no git, or no repository: a copy of the tree names its commit in HULUKERN_COMMIT."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def gpu_state() -> dict[str, str]:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("op", "case", "dtype", "backend"):
         parser.add_argument(f"--{name}", action="append", default=[], help="ops: only this; may be repeated")
     parser.add_argument("--baseline", action="append", default=[], help="ops: only this peer; none for none")
+    parser.add_argument("--limit", type=float, metavar="S", help="ops: begin nothing after so many seconds")
     parser.add_argument("--warm", action="store_true", help="ops: a GPU's caches may hold the inputs")
     parser.add_argument("--resume", action="store_true", help="ops: go on with the file of an interrupted run")
 
@@ -43,12 +44,17 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--seconds: has {seconds}, expected above 0")
     path = options.json or stored_path(options.suite)
     filters = (options.op, options.case, options.dtype, options.backend, options.baseline)
-    if options.suite != "ops" and (any(filters) or options.resume or options.warm):
-        raise ValueError(f"--suite: has {options.suite!r}, expected ops with --op … --baseline, --warm and --resume")
+    if options.suite != "ops" and (any(filters) or options.resume or options.warm or options.limit is not None):
+        raise ValueError(
+            f"--suite: has {options.suite!r}, expected ops with --op … --baseline, --limit, --warm, --resume"
+        )
+    limit_s = float("inf") if options.limit is None else options.limit
+    if not limit_s > 0:
+        raise ValueError(f"--limit: has {options.limit}, expected above 0")
     if options.suite == "ops":
         from bench import ops
 
-        return ops.main(path, ops.Filter(*filters), seconds, options.resume, options.warm)
+        return ops.main(path, ops.Filter(*filters), seconds, options.resume, options.warm, limit_s)
     if options.suite in ("cpu", "gpu"):
         suite = importlib.import_module(f"bench.{options.suite}")
         return int(suite.main(path, options.only, seconds))

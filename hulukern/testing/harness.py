@@ -26,9 +26,19 @@ def generator(*parts: object, device: str | torch.device = "cpu") -> torch.Gener
     return torch.Generator(device).manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
 
 
-def sample(op: Op, case: Case, dtype: torch.dtype, device: str, layout: str = "contiguous", seed: int = 0) -> Arguments:
-    g = generator(op.name, case.name, dtype, seed, device=device)
-    with torch.device(device):  # what a spec draws is drawn there: a large case takes seconds on the host
+def sample(
+    op: Op,
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    layout: str = "contiguous",
+    seed: int = 0,
+    drawn_on: str = "cpu",
+) -> Arguments:
+    """Arguments of a case. The host's values are the same for every device; large ones take it seconds to draw, so
+    that benchmarks draw on the device that they time."""
+    g = generator(op.name, case.name, dtype, seed, device=drawn_on)
+    with torch.device(drawn_on):
         arguments = op.sample(case, dtype, torch.device(device), g)
     return pytree.tree_map_only(torch.Tensor, lambda x: lay_out(x, layout), arguments)
 
@@ -135,7 +145,7 @@ class Graph:
     upstream: list[torch.Tensor]
 
 
-def graph(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: int = 0) -> Graph:
+def graph(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: int = 0, drawn_on: str = "cpu") -> Graph:
     """Run forward on copies that require gradients, with random upstream gradients."""
     arguments = _with_grad(op, arguments)
     names = differentiable(op, arguments)
@@ -146,10 +156,10 @@ def graph(op: Op, arguments: Arguments, run: Callable[[Arguments], Any], seed: i
     outputs = [y for y in pytree.tree_leaves(run(arguments)) if y.requires_grad]
     upstream = []
     for i, y in enumerate(outputs):
-        draw = generator(op.name, "upstream", i, seed, device=y.device)
-        g = torch.randn(y.shape[::-1], generator=draw, dtype=torch.float64, device=y.device)
+        draw = generator(op.name, "upstream", i, seed, device=drawn_on)
+        g = torch.randn(y.shape[::-1], generator=draw, dtype=torch.float64, device=drawn_on)
         # Not contiguous where that is possible: autograd promises nothing about upstream layouts.
-        upstream.append(g.permute(*range(g.dim() - 1, -1, -1)).to(y.dtype))
+        upstream.append(g.permute(*range(g.dim() - 1, -1, -1)).to(y.device, y.dtype))
     return Graph(names, outputs, leaves, upstream)
 
 

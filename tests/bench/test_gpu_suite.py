@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import counters, gpu, models
 from bench.results import load_results
 from bench.roofline import Ceilings
-from bench.static import pins
+from bench.static import cuda_rows, pins, triton_rows
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,7 @@ def test_rehearsal_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFix
         for B, _ in gpu.REHEARSAL.batches
         for part in ("mask", "encoder", "prefill", "first token")
         for r in gpu.REDUCTIONS
+        if r or part != "mask"
     }
     assert all(e["gain"] == 1.0 for e in data["curve"] if e["reduction"] == 0)
     assert {m["op"].split(",")[0] for m in data["memory"]} >= {"encoder_bf16_2f", "train_step_bf16_2f", "first token"}
@@ -51,21 +52,23 @@ def test_rehearsal_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_fewer_tokens_reach_the_decoder() -> None:
+    """And as many of each clip, so that none is padded."""
     suite = gpu.Suite(gpu.REHEARSAL, "cpu")
     seen: list[tuple[int, ...]] = []
     suite._whole.model.layers[0].register_forward_pre_hook(lambda _, a: seen.append(tuple(a[0].shape[:2])))
-    suite.reduction(2, 3, 0.0)
-    cells = 3 * 4
+    suite.reduction(2, 6, 0.0)
+    cells = 6 * 4
     assert set(seen) == {(2, round((1 - r) * cells) + gpu.PROMPT_TOKENS) for r in gpu.REDUCTIONS}
 
 
+@pytest.mark.parametrize("theta", [1e30, 3.0], ids=["all but one pair not turned", "other angles"])
 def test_a_model_that_computes_something_else_is_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    theta: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def planted(*arguments: Any) -> Any:
         ours, theirs = models.encoders(*arguments)
-        with torch.no_grad():
-            ours.encoder.layers[1].mlp.fc2.bias += torch.linspace(-9, 9, 144)
+        for layer in ours.encoder.layers:
+            layer.self_attn.theta = theta
         return ours, theirs
 
     monkeypatch.setattr(gpu, "encoders", planted)
@@ -73,7 +76,7 @@ def test_a_model_that_computes_something_else_is_not_timed(
     data = load_results(tmp_path / "gpu.json")
     assert data["rows"] == []
     assert "outputs differ" in data["failures"]["encoder_2f"]
-    assert "failed: encoder_2f" in capsys.readouterr().out
+    assert "failures: encoder_2f" in capsys.readouterr().out
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -126,8 +129,8 @@ def _as(pin: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_counters_beside_pins() -> None:
-    cuda = counters._pins("cuda", "sm_90a")[CUDA]
-    triton = next(iter(pins.load(pins.path_of("triton", "sm_90")).values()))[TRITON]
+    cuda = pins.load(pins.path_of("cuda", "sm_90a"))[cuda_rows.toolchain(90)][CUDA]
+    triton = pins.load(pins.path_of("triton", "sm_90"))[triton_rows.toolchain(90)][TRITON]
     order = [{"kernel": "bias_gelu_kernel", "label": TRITON}]
     text = _ncu(
         (MANGLED, _as(cuda)),
@@ -141,6 +144,20 @@ def test_counters_beside_pins() -> None:
     shown = counters.table([ours, theirs])
     assert "as pinned" in shown
     assert f"registers {triton['registers']} pinned" in shown
+
+
+def test_pins_of_another_compiler_judge_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = pins.load(pins.path_of("cuda", "sm_90a"))[cuda_rows.toolchain(90)][CUDA]
+    monkeypatch.setattr(counters.cuda_rows, "toolchain", lambda _: "nvcc 14")
+    (found,) = counters.compare(_ncu((MANGLED, _as(cuda))), [], 90)
+    assert (found["pinned"], found["differs"]) == (False, {})
+    assert "no pin" in counters.table([found])
+
+
+def test_a_line_that_was_cut_is_left_out() -> None:
+    text = _ncu((MANGLED, {"registers": 80}), (MANGLED, {"registers": 81}))
+    assert [c["registers"] for _, c in counters.read(text)] == [80, 81]
+    assert [c["registers"] for _, c in counters.read(text[: text.rindex('"81"')])] == [80]
 
 
 def test_what_ncu_could_not_do_is_said() -> None:
