@@ -7,6 +7,7 @@ run that is stopped leaves what it had.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
@@ -120,12 +121,15 @@ class Suite:
             return lambda: list(torch.autograd.grad(forward(), list(model.parameters()), upstream))
 
         found = self._contenders(name, T)
-        runs = {impl: step(*both) for impl, both in found.items()}
-        theirs = dict(zip([n for n, _ in found[PEER][0].named_parameters()], runs[PEER](), strict=True))
-        for backend in self.backends:
-            for (parameter, _), got in zip(found[backend][0].named_parameters(), runs[backend](), strict=True):
-                if "norm" not in parameter:  # torch adds up those of its LayerNorm in bf16: half of one is noise
-                    agree(f"{name}, {backend}: {parameter}", theirs[parameter], got, 0.1)
+        runs = {}
+        theirs = dict(zip([n for n, _ in found[PEER][0].named_parameters()], step(*found[PEER])(), strict=True))
+        for impl, (model, forward) in found.items():
+            with self._peers_may_fail(name, impl):
+                run = step(model, forward)
+                for (parameter, _), got in zip(model.named_parameters(), run(), strict=True):
+                    if "norm" not in parameter:  # torch adds up those of its LayerNorm in bf16: half of one is noise
+                        agree(f"{name}, {impl}: {parameter}", theirs[parameter], got, 0.1)
+                runs[impl] = run
         self._compare(name, "fwd+bwd", runs, 3 * self._flops(T), seconds)
 
     def _flops(self, T: int) -> int:
@@ -159,16 +163,20 @@ class Suite:
         found: dict[str, tuple[Any, Callable[[], torch.Tensor]]] = {}
         expected = forward(PEER)
         for impl, model in models.items():
-            try:
-                got = forward(impl)
-            except Exception as error:
-                if impl in self.backends:
-                    raise
-                self.absent[f"{name}: {impl}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                continue
-            agree(f"{name}: {impl}", expected, got, AGREEMENT)
-            found[impl] = (model, functools.partial(forward, impl))
+            with self._peers_may_fail(name, impl):
+                agree(f"{name}: {impl}", expected, forward(impl), AGREEMENT)
+                found[impl] = (model, functools.partial(forward, impl))
         return found
+
+    @contextlib.contextmanager
+    def _peers_may_fail(self, name: str, impl: str) -> Iterator[None]:
+        """A peer that refuses, or computes something else, is left out with the reason; ours must not."""
+        try:
+            yield
+        except Exception as error:
+            if impl in self.backends:
+                raise
+            self.absent[f"{name}: {impl}"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
     def _compare(
         self, name: str, direction: str, runs: Mapping[str, Callable[[], Any]], n_flops: int, seconds: float

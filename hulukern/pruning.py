@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hulukern.ops.common import GridTHW, flat_grid_thw
+from hulukern.ops.common import GridTHW, divided, flat_grid_thw
 from hulukern.ops.token_compact import token_compact
 from hulukern.ops.token_score import token_score, token_score_frames
 from hulukern.validation import fail, require
@@ -412,12 +412,12 @@ def _bit_exact(
     """The two fp32 formulations, rounding included. Our scores are exact, theirs are not; they can
     disagree only next to the threshold, so the few cells there are computed their way."""
     released = rule == "released"
-    difference = scores / steps
+    difference = divided(scores, steps)
     limit = threshold if released else threshold / 255
     mask = difference > limit
     # Their first frame: threshold + 1, which the released code then divides by 255.
     first = torch.tensor(threshold + 1, dtype=torch.float32)
-    mask[0] = bool((first / 255 if released else first) > threshold)
+    mask[0] = bool((divided(first, 255) if released else first) > threshold)
     if dtype in (torch.bfloat16, torch.float16):  # their rounding reaches everywhere
         near = torch.ones_like(mask)
     else:
@@ -427,7 +427,7 @@ def _bit_exact(
     if t.numel():
         new, old = pair(t, cell)
         theirs = torch.abs(new - old).mean(dim=-1) * 255
-        mask[t, cell] = (theirs / 255.0 if released else theirs) > threshold
+        mask[t, cell] = (divided(theirs, 255) if released else theirs) > threshold
     return mask
 
 
@@ -456,4 +456,4 @@ def _merge_order(cells: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def _normalise(pixels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    return (pixels.float() / 255 - mean) / std
+    return divided(divided(pixels.float(), 255) - mean, std)

@@ -40,6 +40,11 @@ def flat_grid_thw(op: str, grid_thw: GridTHW) -> list[int]:
     return flat
 
 
+def divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, rounded once: by a number of the host torch multiplies on a GPU, by its reciprocal, one bit off."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def whole(op: str, name: str, value: Any) -> int:
     """A whole number, of whatever type; 2.9 is refused instead of becoming 2."""
     try:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 import wrong_kernels
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hulukern
+from hulukern.pruning import prune_frames
 from hulukern.spec import Op
 from hulukern.testing import harness
 from hulukern.testing.buffers import LAYOUTS, lay_out, poisoned_buffers
 
 SPECS = {name: registered.spec for name, registered in hulukern.OPS.items()}
+
+
+class NoHostDivisors(TorchDispatchMode):
+    """A GPU multiplies by the reciprocal of a number that the host holds: what is exact must not divide by one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_) and args[0].is_floating_point():
+            assert isinstance(args[1], torch.Tensor), f"divides by the host's {args[1]}"
+        return function(*args, **(kwargs or {}))
+
 
 WRONG = [
     pytest.param(op, kernel, id=f"{name}-{kernel.__name__}")
@@ -95,3 +107,27 @@ def test_layouts_keep_values(layout: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(x, y)
     if layout == "strided" and x.numel() > 1:
         assert not y.is_contiguous()
+
+
+@pytest.mark.parametrize("op", SPECS.values(), ids=lambda op: op.name)
+def test_exact_references_round_as_on_a_gpu(op: Op) -> None:
+    for case in op.cases:
+        for dtype in op.dtypes:
+            arguments = harness.sample(op, case, dtype, "cpu")
+            if op.exact(arguments):
+                with NoHostDivisors():
+                    harness.reference(op, arguments)
+
+
+@pytest.mark.parametrize("rule", ["released", "videollama3"])
+def test_bit_exact_rules_round_as_on_a_gpu(rule: str) -> None:
+    frames = torch.randint(100, 127, (4, 56, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scores = prune_frames(frames, rule=rule, backend="reference").scores
+    threshold = float(scores[1].max()) / 127.5  # next to a score: their rounding decides
+    with NoHostDivisors():
+        prune_frames(frames, rule=rule, threshold=threshold, backend="reference")
+
+
+def test_a_division_by_a_number_is_found() -> None:
+    with pytest.raises(AssertionError, match="the host's 255"), NoHostDivisors():
+        torch.ones(3) / 255

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hulukern.ops.common import divided
+
 
 def normalize(values: torch.Tensor, mean: list[float] | None, std: list[float] | None) -> torch.Tensor:
     """0..1 ``[..., C]`` -> (value - mean) / std per channel, or 0..255 without mean and std. fp32 or wider."""
@@ -23,7 +25,7 @@ def patch_embed_normalize(
     if mean is None:
         return patches.to(dtype)
     planes = patches.unflatten(1, (channels, patches.shape[1] // channels))
-    unit = planes.to(torch.promote_types(dtype, torch.float32)) / 255
+    unit = divided(planes.to(torch.promote_types(dtype, torch.float32)), 255)
     return normalize(unit.movedim(1, -1), mean, std).movedim(-1, 1).reshape(patches.shape).to(dtype)
 
 
@@ -44,10 +46,10 @@ def patch_embed_cut(
     P, M = patch_size, merge_size
     wide = torch.promote_types(dtype, torch.float32)
     if frames.dtype == torch.uint8:
-        unit = frames.to(wide) / 255
+        unit = divided(frames.to(wide), 255)
     else:
         lo, hi = window
-        unit = (frames.int().clamp(lo, hi) - lo).to(wide) / (hi - lo)
+        unit = divided((frames.int().clamp(lo, hi) - lo).to(wide), hi - lo)
     if mean is None and frames.dtype == torch.uint8:
         values = frames.to(wide)  # 0..255 as they are, not u / 255 * 255
     else:

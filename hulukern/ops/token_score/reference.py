@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hulukern.ops.common import divided
+
 
 def token_score(
     patches: torch.Tensor,  # [N, L]
@@ -63,6 +65,6 @@ def _difference(a: torch.Tensor, b: torch.Tensor, windows: list[tuple[int, int]]
     for lo, hi in windows:
         total = (a.int().clamp(lo, hi) - b.int().clamp(lo, hi)).abs().sum(-1)
         count = torch.tensor(float(a.shape[-1]), device=a.device)
-        scale = torch.tensor(float(hi - lo), device=a.device) / 255
+        scale = divided(torch.tensor(float(hi - lo), device=a.device), 255)
         scores.append(total.float() / (count * scale))
     return torch.stack(scores).amax(0)
