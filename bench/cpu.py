@@ -6,6 +6,7 @@ Every comparison is correct first: outputs agree before anything is timed, or th
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,20 +143,14 @@ class Suite:
         self.against("encoder_bf16_8f", "2 layers, 8x32x32", "bfloat16", rounds, ENCODER_TARGET)
 
     def encoder_frames(self, seconds: float) -> None:
-        """Time and peak memory at 16 and 64 frames. A peak is what a call adds to the process beyond weights and
-        input; ours must grow with the frames and no faster."""
-        (ours, theirs), pixels = encoders(2), patches(8)
+        """Time and peak memory at 16 and 64 frames; ours must grow with the frames and no faster."""
         peaks: dict[str, dict[int, int]] = {"transformers": {}, "cpu": {}}
         for T in (16, 64):
-            x, grid, merges = pixels.repeat(T // 8, 1), torch.tensor([[T, 32, 32]]), torch.tensor([2])
-            runs: dict[str, Callable[[], Any]] = {
-                "transformers": lambda x=x, grid=grid, merges=merges: theirs(x, grid, merges).last_hidden_state,  # type: ignore[misc]
-                "cpu": lambda x=x, grid=grid: ours(x, grid, [2]),  # type: ignore[misc]
-            }
+            runs: dict[str, Callable[[], Any]] = {impl: encoder_call(impl, T) for impl in peaks}
             with torch.inference_mode():
                 rounds = interleave(runs, seconds=seconds, min_rounds=5, warmups=1)
-                for impl, run in runs.items():
-                    peaks[impl][T] = peak_memory(run)
+                for impl in runs:
+                    peaks[impl][T] = peak_in_a_process(impl, T)
                     self.memory.append({"op": f"encoder_bf16_{T}f", "impl": impl, "peak_bytes": peaks[impl][T]})
             self.against(f"encoder_bf16_{T}f", f"2 layers, {T}x32x32", "bfloat16", rounds, 1.0)
             less = peaks["transformers"][T] / peaks["cpu"][T]
@@ -205,6 +200,24 @@ class Suite:
         self.against("preprocess_32f", "32x512x512", "float32", interleave(runs, seconds=seconds), PREPROCESS_TARGET)
 
 
+def encoder_call(impl: str, T: int) -> Callable[[], torch.Tensor]:
+    ours, theirs = encoders(2)
+    x, grid = patches(8).repeat(T // 8, 1), torch.tensor([[T, 32, 32]])
+    if impl == "cpu":
+        return lambda: ours(x, grid, [2])
+    return lambda: theirs(x, grid, torch.tensor([2])).last_hidden_state
+
+
+def peak_in_a_process(impl: str, T: int) -> int:
+    """What a call adds to a process beyond weights and input. In a process of its own: where freed memory is kept, a
+    peak is as much as earlier calls have cut the heap to pieces."""
+    command = [sys.executable, "-m", "bench.cpu", impl, str(T)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{impl}, {T} frames: {done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
 def separate_rotary_and_sdpa(a: Arguments, lengths: tuple[int, ...]) -> torch.Tensor:
     """As transformers' port does: angles, rotate-half in fp32, then SDPA sequence by sequence."""
     from hulukern.ops.rope_attention.reference import angles
@@ -250,3 +263,11 @@ def _moving_frames(T: int, side: int) -> Any:
     for t in range(T):
         frames[t, 8 * t : 8 * t + 96, 4 * t : 4 * t + 160] = 255
     return frames
+
+
+if __name__ == "__main__":  # python -m bench.cpu IMPL FRAMES: bytes, the first call's own left out
+    with torch.inference_mode():
+        measured = encoder_call(sys.argv[1], int(sys.argv[2]))
+        encoded = measured()
+        del encoded
+        print(peak_memory(measured))
