@@ -35,13 +35,12 @@ COUNTERS = {
     "gpu__time_duration.sum": "time_ns",
 }
 COMPARED = ("registers", "threads", "shared_bytes", "occupancy")
-SECTIONS = ("LaunchStats", "Occupancy")  # what more costs a replay each is asked for by name
-TIMES = "gpu__time_duration.sum"
+SECTIONS = ("LaunchStats", "Occupancy")  # which have all but the time
 
 
 def command(tool: str, launched: Path, log: Path) -> list[str]:
     """ncu over our own kernels, mangled as the static rows have them."""
-    sections = [*(x for section in SECTIONS for x in ("--section", section)), "--metrics", TIMES]
+    sections = [*(x for section in SECTIONS for x in ("--section", section)), "--metrics", "gpu__time_duration.sum"]
     base = ["--kernel-name-base", "mangled", "--print-kernel-base", "mangled"]
     names = [*base, "--kernel-name", "regex:^_ZN2hk|_kernel$"]
     form = ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]

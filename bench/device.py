@@ -32,6 +32,7 @@ import torch.utils._pytree as pytree
 import hulukern
 from bench import counters, gpu, ops
 from bench.baselines import BASELINES
+from bench.contenders import Filter
 from bench.results import load_results, write_text
 from hulukern.backends import unavailable
 from hulukern.testing import harness
@@ -109,7 +110,7 @@ def run_sanitizer(check_name: str, device: str, log: Log, limit_s: float) -> dic
 def run_ops(options: argparse.Namespace, peers: list[str], path: Path, log: Log, limit_s: float) -> dict[str, Any]:
     """Suite ops; where a kernel takes the device with it, again from behind that one."""
     end = time.monotonic() + limit_s
-    wanted = ops.Filter(ops=options.op, baselines=peers)
+    wanted = Filter(ops=options.op, baselines=peers)
     seconds = options.seconds * len(ops.groups(wanted, options.device))
     names = [x for name in options.op for x in ("--op", name)] + [x for peer in peers for x in ("--baseline", peer)]
     command = [sys.executable, "-m", "bench", "run", "--suite", "ops", "--json", str(path), "--seconds", str(seconds)]
@@ -227,7 +228,7 @@ def run(options: argparse.Namespace) -> int:
     begin, cuda, out = time.monotonic(), options.device == "cuda", options.out
     share = shares(options.stage or [name for name in STAGES if name not in ON_DEMAND], options.limit)
     quick = options.baseline or [peer.name for peer in BASELINES if not peer.compiles]
-    ops.Filter(ops=options.op, baselines=quick).check()
+    Filter(ops=options.op, baselines=quick).check()
     out.mkdir(parents=True, exist_ok=True)
     log, device = Log(out / "log.txt"), options.device
     device_json, compiled_json, gpu_json = (out / f"{name}.json" for name in ("device", "compiled", "gpu"))

@@ -53,8 +53,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit: has {options.limit}, expected above 0")
     if options.suite == "ops":
         from bench import ops
+        from bench.contenders import Filter
 
-        return ops.main(path, ops.Filter(*filters), seconds, options.resume, options.warm, limit_s)
+        return ops.main(path, Filter(*filters), seconds, options.resume, options.warm, limit_s)
     if options.suite in ("cpu", "gpu"):
         suite = importlib.import_module(f"bench.{options.suite}")
         return int(suite.main(path, options.only, seconds))

@@ -39,7 +39,7 @@ class PackedProduct:
     """One linear layer, or several over the same rows as one product: ``[N, in]`` -> ``[N, sum of out]``.
 
     On a CPU the weights are a second copy in oneDNN's own layout, as ``torch.compile`` has them when it freezes a
-    model: the same bits in bf16, a tenth faster; in fp32 1.2 to 1.6 times as fast. It is kept until a parameter is
+    model: the same bits in bf16, 4 to 10 % faster; in fp32 1.2 to 1.6 times as fast. It is kept until a parameter is
     replaced, moved or written to, or the layers are to be called again. Writes through ``.data`` count no version: one
     value of every row and column, and the whole bias, are compared at each call. Elsewhere the layers are called:
     to join their weights at each call is a copy, and to keep them would miss such writes or wait for the device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -145,6 +146,38 @@ def test_stages_share_the_time() -> None:
     found = shares(["tests", "sanitizer", "model"], 230.0)  # the first two side by side
     assert found["tests"] + found["model"] == pytest.approx(230.0)
     assert found["sanitizer"] == found["tests"]
+
+
+def test_a_stage_goes_on_behind_a_lost_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import device
+
+    said, commands = iter([("bench: the device; --resume goes on", 2), ("done", 0)]), []
+    monkeypatch.setattr(device, "capture", lambda command, *_: commands.append(command) or next(said))
+    options = argparse.Namespace(op=["token_score"], device="cpu", seconds=0.1)
+    log = device.Log(tmp_path / "log.txt")
+    assert device.run_ops(options, ["torch"], tmp_path / "device.json", log, 60.0) == {"exit_code": 0}
+    assert ["--resume" in command for command in commands] == [False, True]
+    assert "the device; --resume" in log.path.read_text()
+
+
+def test_ncu_beside_the_pins_as_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import counters, device
+
+    def ncu(command: list[str], *_: object) -> tuple[str, int]:
+        head = ["ID", "Kernel Name", *counters.COUNTERS]
+        lines = [head, ["0", "_ZN2hk9not_thereE", *["1"] * len(counters.COUNTERS)]]
+        text = "\n".join(",".join(f'"{cell}"' for cell in line) for line in lines)
+        Path(command[command.index("--log-file") + 1]).write_text(text)
+        return "stopped", 124
+
+    monkeypatch.setattr(device, "capture", ncu)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = device.run_counters(tmp_path, device.Log(tmp_path / "log.txt"), 1.0)
+    assert found == {"exit_code": 124, "kernels": 1, "pinned": 0, "differ": 0}
+    assert json.loads((tmp_path / "counters.json").read_text())[0]["ncu"]["registers"] == 1
+    monkeypatch.setattr(device.shutil, "which", lambda _: None)
+    assert "absent" in device.run_counters(tmp_path, device.Log(tmp_path / "log.txt"), 1.0)
 
 
 def test_what_runs_too_long_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 import hulukern
-from bench import ops, report, roofline
+from bench import contenders, ops, report, roofline
 from bench.__main__ import main
+from bench.baselines import BASELINES
 from bench.results import load_results
 from hulukern.spec import Arguments
 from hulukern.testing import harness
 
 OP = hulukern.OPS["token_score_frames"].spec
-GROUP = ops.Group("token_score_frames", OP.perf_cases[0].name, "uint8", "fwd")
+GROUP = contenders.Group("token_score_frames", OP.perf_cases[0].name, "uint8", "fwd")
 CEILINGS = roofline.Ceilings(1e10, {"float32": 1e11, "bfloat16": 1e12, "float16": 1e12})
 
 
@@ -74,8 +75,8 @@ def skips() -> Callable[[Arguments], Any]:
 )
 def test_cheats_are_found(cheat: Callable[[], Any], says: str) -> None:
     reasons: dict[str, str] = {}
-    found = [ops.Contender(n, OP, "fwd", run) for n, run in (("honest", honest), ("cheat", cheat()))]
-    rows = ops.measure(GROUP, found, "cpu", 0.01, reasons)
+    found = [contenders.Contender(n, OP, "fwd", run) for n, run in (("honest", honest), ("cheat", cheat()))]
+    rows = contenders.measure(GROUP, found, "cpu", 0.01, reasons)
     assert [r["impl"] for r in rows] == ["honest"]
     assert reasons["cheat"].startswith("wrong")
     assert says in reasons["cheat"]
@@ -83,8 +84,8 @@ def test_cheats_are_found(cheat: Callable[[], Any], says: str) -> None:
 
 def test_a_peer_that_computes_something_else_is_found() -> None:
     attention = hulukern.OPS["rope_attention"].spec
-    group = ops.Group("rope_attention", "16x256_d72", "bfloat16", "fwd")
-    peer = ops.BASELINES[0].prepare(attention, {})
+    group = contenders.Group("rope_attention", "16x256_d72", "bfloat16", "fwd")
+    peer = BASELINES[0].prepare(attention, {})
 
     def scaled(a: Arguments) -> Any:
         return peer(a | {"scale": 1.5 * a["scale"]})
@@ -93,15 +94,19 @@ def test_a_peer_that_computes_something_else_is_found() -> None:
         return peer(a | {"positions_q": torch.zeros_like(a["positions_q"])})
 
     reasons: dict[str, str] = {}
-    found = [ops.Contender(n, attention, "fwd", run) for n, run in (("good", peer), ("a", scaled), ("b", unrotated))]
-    rows = ops.measure(group, found, "cpu", 0.01, reasons)
+    found = [
+        contenders.Contender(n, attention, "fwd", run) for n, run in (("good", peer), ("a", scaled), ("b", unrotated))
+    ]
+    rows = contenders.measure(group, found, "cpu", 0.01, reasons)
     assert [r["impl"] for r in rows] == ["good"]
     assert all(reasons[name].startswith("wrong: before timing") for name in "ab"), reasons
 
 
 def test_an_interrupted_run_is_whole_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "o.json"
-    wanted = ops.Filter(ops=["token_score_frames"], dtypes=["uint8", "int16"], backends=["cpu"], baselines=["torch"])
+    wanted = contenders.Filter(
+        ops=["token_score_frames"], dtypes=["uint8", "int16"], backends=["cpu"], baselines=["torch"]
+    )
     suite = ops.Suite(path, wanted, "cpu")
     run = suite.run(0.01)
     first = next(run)
@@ -154,7 +159,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "measure", lambda device: CEILINGS)
-        wanted = ops.Filter(ops=["token_score_frames"], dtypes=["uint8"], backends=["cpu"], baselines=["torch"])
+        wanted = contenders.Filter(ops=["token_score_frames"], dtypes=["uint8"], backends=["cpu"], baselines=["torch"])
         list(ops.Suite(folder / "a.json", wanted, "cpu").run(0.01))
     data = json.loads((folder / "a.json").read_text())
     later = data["meta"] | {"commit": "later", "time": "2999"}
@@ -239,3 +244,31 @@ def test_the_report_refuses_what_is_not_results(tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path / "nothing"), "-o", str(out)]) == 2
     assert not out.exists()
     assert report.significant(0.00123) == "0.00123"
+
+
+def test_a_lost_device_ends_a_run_that_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, seen = tmp_path / "a.json", iter(["", "an illegal memory access"])
+    monkeypatch.setattr(ops, "measure", lambda *_: [])
+    with monkeypatch.context() as context:
+        context.setattr(ops, "_lost", lambda _: next(seen))
+        command = ["run", "--suite", "ops", "--op", "token_score_frames", "--op", "token_score", "--json", str(path)]
+        assert main(command) == 2
+    assert "an illegal memory access" in capsys.readouterr().err
+    data = load_results(path)
+    assert not data["complete"]
+    assert list(data["reasons"].values())[1]["all"].startswith("wrong: the device is lost")
+    assert main([*command, "--resume"]) == 1  # that group stays wrong
+    assert load_results(path)["complete"]
+
+
+def test_no_group_begins_after_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops, "measure", lambda *_: [])
+    path = tmp_path / "a.json"
+    assert main(["run", "--suite", "ops", "--op", "token_score", "--json", str(path), "--limit", "1e-9"]) == 0
+    assert load_results(path)["reasons"] == {}
+    assert "no time for: token_score/" in capsys.readouterr().out
+    assert main(["run", "--suite", "ops", "--op", "token_score", "--json", str(path), "--limit", "0"]) == 2
