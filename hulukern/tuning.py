@@ -105,11 +105,31 @@ def _seconds(kernel: str, chosen: Row, function: Callable[..., Any], arguments: 
 
 
 def read_rows(path: Path) -> dict[str, dict[int, Row]]:
-    """Rows by kernel and architecture; none where there is no file."""
+    """Rows by kernel and architecture; none where there is no file. A ValueError names what the kernels cannot use, of
+    a file that was measured for other ones, say."""
     if not path.exists():
         return {}
-    kernels = json.loads(path.read_text())
-    return {kernel: {int(arch): Row(**entry) for arch, entry in rows.items()} for kernel, rows in kernels.items()}
+    try:
+        kernels = json.loads(path.read_text())
+        table = {
+            kernel: {int(arch): Row(**{**entry, "blocks": dict(entry["blocks"])}) for arch, entry in rows.items()}
+            for kernel, rows in kernels.items()
+        }
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: has no table of rows ({error}), expected what `python -m bench sweep` writes"
+        ) from error
+    for kernel, rows in table.items():
+        if kernel not in TABLE:
+            raise ValueError(f"{path}: has a kernel {kernel!r}, expected one of {', '.join(TABLE)}")
+        blocks = set(TABLE[kernel][ARCHITECTURES[0]].blocks)
+        for arch, chosen in rows.items():
+            if arch not in ARCHITECTURES:
+                raise ValueError(f"{path}: has sm_{arch} for {kernel}, expected one of {ARCHITECTURES}")
+            numbers = [*chosen.blocks.values(), chosen.warps, chosen.stages]
+            if set(chosen.blocks) != blocks or not all(isinstance(n, int) and n > 0 for n in numbers):
+                raise ValueError(f"{path}: has {chosen.label!r} for {kernel}, expected numbers above 0 for {blocks}")
+    return table
 
 
 def _tiles(q: int, k: int, warps: int, stages: int, why: str) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,30 @@ def test_a_table_keeps_what_was_measured_elsewhere(tmp_path: Path) -> None:
     sweep.write_table(path, {("layer_norm", 100): row, ("bias_gelu", 90): row})
     assert tuning.read_rows(path) == {"layer_norm": {90: row, 100: row}, "bias_gelu": {90: row}}
     assert list(json.loads(path.read_text())["layer_norm"]) == ["90", "100"]
+
+
+ROW = {"blocks": {"TILE": 2048, "PROGRAMS": 1056}, "warps": 4, "stages": 1, "why": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "has no table of rows"),
+        ("[]", "has no table of rows"),
+        (json.dumps({"layer_norm": {"90": {"warps": 4}}}), "has no table of rows"),
+        (json.dumps({"layer_norm": {"90": {**ROW, "blocks": 1}}}), "has no table of rows"),
+        (json.dumps({"layer_nrom": {"90": ROW}}), "has a kernel 'layer_nrom', expected one of rope_attention"),
+        (json.dumps({"layer_norm": {"91": ROW}}), "has sm_91 for layer_norm"),
+        (json.dumps({"layer_norm": {"90": {**ROW, "blocks": {"TILE": 2048}}}}), "has 'TILE=2048 num_warps=4"),
+        (json.dumps({"layer_norm": {"90": {**ROW, "warps": "4"}}}), "expected numbers above 0"),
+    ],
+)
+def test_a_table_of_other_kernels_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        tuning.read_rows(path)
+    assert str(path) in str(error.value)
 
 
 def test_rows_in_the_table_name_a_measurement_that_is_there() -> None:
