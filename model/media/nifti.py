@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,11 +50,11 @@ def load(path: Path, how: Reading) -> Clip:
     """
     source = str(path)
     with reading(source, "a whole NIfTI volume"):
-        values, affine = _read(path, how.volume)
+        values, scale, affine = _read(path, how.volume)
         check_axis(how.axis)
         if how.released:
-            return _released(source, values, affine, how)
-        return slices(source, values, affine, how.axis or "axial", how)
+            return _released(source, values, scale, affine, how)
+        return slices(source, values, affine, how.axis or "axial", how, scale)
 
 
 def check_axis(axis: str | None) -> None:
@@ -61,8 +62,28 @@ def check_axis(axis: str | None) -> None:
         raise ValueError(f"axis: has {axis!r}, expected one of {', '.join(PLANES)}")
 
 
-def slices(source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], plane: str, how: Reading) -> Clip:
-    """Slices of values [i, j, k] whose affine leads to mm towards right, anterior, superior."""
+@dataclass(frozen=True)
+class Scale:
+    """From what is stored to intensities, in float32, as the header says; nothing if it says nothing."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def __call__(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if (self.slope, self.intercept) == (1, 0):
+            return stored
+        return stored * np.float32(self.slope) + np.float32(self.intercept)
+
+    def ends(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The intensities among which all lie."""
+        return self(np.array([stored.min(), stored.max()], stored.dtype))
+
+
+def slices(
+    source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], plane: str, how: Reading, scale: Scale = Scale()
+) -> Clip:
+    """Slices of values [i, j, k] whose affine leads to mm towards right, anterior, superior. ``values`` are as stored:
+    only what is kept is scaled."""
     import nibabel
 
     orientation = nibabel.orientations.io_orientation(affine)
@@ -73,24 +94,24 @@ def slices(source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], plan
     axes = PLANES[plane]
     stack = canonical.transpose(axes)
     stack = stack[:, ::-1, ::-1]  # rows from the top; columns from the patient's right, or front
-    lo, hi = extent(source, stack, how.window)
+    lo, hi = extent(source, scale.ends(stack), how.window)
     at = thin(np.arange(len(stack)), how.num_slices)
-    chosen = np.ascontiguousarray(stack[at])
+    chosen = scale(np.ascontiguousarray(stack[at]))
     step = float(np.diff(at).mean()) if len(at) > 1 else 1.0
     spacing = (float(voxel_mm[axes[0]]) * step, float(voxel_mm[axes[1]]), float(voxel_mm[axes[2]]))
     frames = to_pixels(chosen, lo, hi)[..., None]
     return Clip(frames, source, VOLUME, "NIfTI", spacing=spacing, plane=plane, values=to_int16(chosen))
 
 
-def _released(source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], how: Reading) -> Clip:
+def _released(source: str, values: npt.NDArray[Any], scale: Scale, affine: npt.NDArray[Any], how: Reading) -> Clip:
     plane = how.axis or "axial"
     axis = PLANES[plane][0]
     stack = np.moveaxis(values, axis, 0)
     at = thin(np.arange(len(stack)), how.num_slices, truncate=True)
     frames: Pixels = np.zeros((len(at), *stack.shape[1:], 1), np.uint8)
-    extent(source, values, None)
+    extent(source, scale.ends(values), None)
     for t, k in enumerate(at):
-        one = stack[k].astype(np.float64)
+        one = scale(stack[k]).astype(np.float64)
         if how.window is not None:
             one = np.clip(one, *window_range(how.window))
         lo, hi = one.min(), one.max()
@@ -100,11 +121,11 @@ def _released(source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], h
     step = float(np.diff(at).mean()) if len(at) > 1 else 1.0
     rows, columns = (i for i in range(3) if i != axis)
     spacing = (float(mm[axis]) * step, float(mm[rows]), float(mm[columns]))
-    return Clip(frames, source, VOLUME, "NIfTI", spacing=spacing, values=to_int16(stack[at]))
+    return Clip(frames, source, VOLUME, "NIfTI", spacing=spacing, values=to_int16(scale(stack[at])))
 
 
-def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """One volume [i, j, k] in its stored type, or float32 where the header scales it, and the affine.
+def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], Scale, npt.NDArray[Any]]:
+    """One volume [i, j, k] in its stored type, how it is scaled, and the affine.
 
     Reads exactly what the header claims, once the claim is within bounds: neither a large claim nor a
     stream that inflates without end costs memory.
@@ -147,9 +168,8 @@ def _read(path: Path, volume: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
                 refuse(source, "more data than its header claims", f"{n * voxels * dtype.itemsize} bytes of voxels")
     values: npt.NDArray[Any] = np.frombuffer(data, dtype).reshape(shape[:3], order="F")
     slope, intercept = header.get_slope_inter()
-    if slope is not None and (slope, intercept or 0) != (1, 0):
-        values = values * np.float32(slope) + np.float32(intercept or 0)
-    return values, header.get_best_affine()
+    scale = Scale() if slope is None else Scale(slope, intercept or 0.0)
+    return values, scale, header.get_best_affine()
 
 
 def _take(file: IO[bytes] | gzip.GzipFile, n: int) -> bytearray:

@@ -211,6 +211,22 @@ def test_scaled_integers_and_floats_in_a_small_range(tmp_path: Path) -> None:
     assert load_frames(write_nifti(tmp_path / "b.nii", np.random.default_rng(0).random((3, 3, 3)))).values is None
 
 
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("slope", [0.5, -2.0])
+def test_what_is_kept_is_scaled_as_if_all_were(slope: float, released: bool, tmp_path: Path) -> None:
+    stored = np.random.default_rng(1).integers(-500, 500, (6, 5, 9)).astype(np.int16)
+    image = nibabel.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(slope, 7)
+    nibabel.save(image, tmp_path / "stored.nii")
+    write_nifti(tmp_path / "scaled.nii", (stored * np.float32(slope) + np.float32(7)).astype(np.float32))
+    got, expected = (load_frames(tmp_path / f"{n}.nii", num_slices=4, released=released) for n in ("stored", "scaled"))
+    assert len(got.frames) == 4
+    assert (got.frames == expected.frames).all()
+    assert got.values is not None
+    assert expected.values is not None
+    assert (got.values == expected.values).all()
+
+
 def test_one_volume_of_a_series(tmp_path: Path) -> None:
     values = np.zeros((3, 4, 5, 3), np.int16)
     values[0, 0, 0, 1], values[2, 2, 2, 2] = 7, 8
