@@ -41,7 +41,7 @@ def load(path: Path, how: Reading) -> Clip:
         with av.open(source) as container:
             stream = container.streams.video[0]
             check_size(source, len(at), stream.height, stream.width, 3)
-            frames = _decode(source, container, stamps[at], keys)
+            frames = _decode(source, container, stamps, at, keys)
     # A cut-off file may end before its last packets do.
     return Clip(np.stack(frames), source, VIDEO, "video", tuple(times[at[: len(frames)]].tolist()))
 
@@ -65,25 +65,33 @@ def _stamps(source: str, container: Any) -> tuple[Ticks, Ticks, float]:
     return np.sort(np.array(stamps)), np.sort(np.array(keys)), float(stream.time_base)
 
 
-def _decode(source: str, container: Any, wanted: Ticks, keys: Ticks) -> list[Pixels]:
-    """The first frame at or after each of the wanted times."""
-    stream = container.streams.video[0]
+def _decode(source: str, container: Any, stamps: Ticks, at: Ticks, keys: Ticks) -> list[Pixels]:
+    """The first frame at or after each of the wanted times, which are stamps[at]."""
+    stream, wanted = container.streams.video[0], stamps[at]
     stream.thread_type = "AUTO"
+    # AVI has times of decoding alone. Where frames are reordered, the n-th that is shown has the n-th of them, and only
+    # counting from the start tells which it is.
+    counted = container.format.name == "avi" and stream.codec_context.has_b_frames
     frames: list[Pixels] = []
-    decoded = container.decode(stream)
+    decoded = enumerate(container.decode(stream))
     now = -(1 << 62)
+
+    def following() -> tuple[int | None, Any]:
+        n, frame = next(decoded, (0, None))
+        return (int(stamps[min(n, len(stamps) - 1)]) if counted else frame and frame.pts), frame
+
     while len(frames) < len(wanted):
         before = int(np.searchsorted(keys, wanted[len(frames)], side="right"))
         nearest = int(keys[before - 1]) if before else now
-        if frames and now < nearest < wanted[len(frames)]:
+        if frames and now < nearest < wanted[len(frames)] and not counted:
             container.seek(nearest, stream=stream)
-            decoded = container.decode(stream)
-        frame = next(decoded, None)
-        while frame is not None and (frame.pts is None or frame.pts < wanted[len(frames)]):
-            frame = next(decoded, None)
-        if frame is None:
+            decoded = enumerate(container.decode(stream))
+        pts, frame = following()
+        while frame is not None and (pts is None or pts < wanted[len(frames)]):
+            pts, frame = following()
+        if frame is None or pts is None:
             break
-        now = frame.pts
+        now = pts
         pixels = frame.to_ndarray(format="rgb24")
         if frames and pixels.shape != frames[0].shape:
             refuse(source, "frames of different sizes", "one size")

@@ -382,6 +382,17 @@ def test_video_frames_and_times(codec: str, tmp_path: Path) -> None:
     assert thinned.times == pytest.approx([0, 3.0, 6.0, 8.9, 11.9])  # of 120, evenly
 
 
+@pytest.mark.parametrize("form", ["avi", "mp4", "mkv"])
+@pytest.mark.parametrize(("codec", "between"), [("h264", "0"), ("h264", "3"), ("mpeg4", "2")])
+def test_reordered_frames_come_as_they_are_shown(codec: str, between: str, form: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / f"v.{form}", frames=24, rate=8, codec=codec, bf=between, g="8", b_adapt="0")
+    for options in ({"fps": None}, {"fps": 2.0}):
+        clip = load_frames(path, **options)
+        assert clip.times is not None
+        shown = [int(x) for x in np.rint(clip.frames[:, 16, 24, 0] / 20)]
+        assert shown == [round(8 * t) % 13 for t in clip.times]
+
+
 def test_a_video_is_known_without_its_suffix(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", frames=10, rate=5).rename(tmp_path / "clip")
     assert load_frames(path).kind == "video"

@@ -48,11 +48,12 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None
     return path
 
 
-def write_video(path: Path, frames: int, rate: int, codec: str = "mpeg4") -> Path:
+def write_video(path: Path, frames: int, rate: int, codec: str = "mpeg4", **options: str) -> Path:
     """32x48, frame k is gray 20 * k (up to 240)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.options = options
         for k in range(frames):
             array = np.full((32, 48, 3), 20 * (k % 13), np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")):
