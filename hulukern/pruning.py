@@ -84,7 +84,8 @@ def prune_frames(
     Args:
         frames: ``[T, H, W, C]`` uint8, or int16 with ``windows``; H, W divisible by patch_size * merge_size.
         rule: a key of :data:`RULES`.
-        threshold: in the rule's units, at least 0; None is the rule's own. Not for ``budget``.
+        threshold: in the rule's units, at least 0; None is the rule's own. Not for ``budget``. Of the first
+            frame ``previous`` and ``bounded`` drop nothing, however high it is.
         min_tokens: frames that keep fewer get their first ``min_tokens`` cells; None is the rule's own.
             Not for ``bounded`` (it would break its bound) and ``budget``.
         keep: for ``budget``: how many tokens, or which share of them as a float in 0..1.
@@ -348,7 +349,7 @@ def _check_norm(op: str, mean: float, std: float) -> None:
 
 
 def _options(op: str, rule: str, threshold: float | None, min_tokens: int | None, keep: int | float | None) -> _Chosen:
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         fail(op, "rule", f"value {rule!r}", "one of " + ", ".join(map(repr, RULES)))
     known = RULES[rule]
     if rule == "budget":
@@ -394,6 +395,8 @@ def _apply(
         mask = ~(scores <= threshold * steps)
     else:
         mask = _bit_exact(rule, threshold, scores, steps, pair, dtype)
+    if rule in ("previous", "bounded"):
+        mask[:1] = True  # also under a threshold that fp32 rounds to the +inf it scores
     if chosen.min_tokens:
         few = mask.sum(1, keepdim=True) < chosen.min_tokens
         first = torch.arange(mask.shape[1], device=mask.device) < chosen.min_tokens

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from hulukern.pruning import check_rule
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # of encoder and decoder
+MAX_LAYERS = 1000  # more than any model has; transformers lists them as soon as it reads their number
 
 
 @strict
@@ -36,6 +42,11 @@ class HuluMedVisionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         name = "HuluMedVisionConfig"
+        _check_sizes(name, self, (*SIZES, "num_channels", "patch_size"))
+        for key in ("rope_theta", "image_std"):
+            value = getattr(self, key)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                _refuse(name, f"{key} {value!r}", "a number above 0")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             _refuse(
                 name, f"hidden_size {self.hidden_size} and {self.num_attention_heads} heads",
@@ -80,17 +91,20 @@ class HuluMedConfig(PreTrainedConfig):
         if self.pruning is None:
             self.pruning = {"rule": "previous"}
         check_rule("HuluMedConfig", self.pruning)
+        _check_sizes("HuluMedConfig", self, (*SIZES, "vocab_size", "num_key_value_heads"))
         super().__post_init__(**kwargs)
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-            if getattr(self, name, 1) < 1:
-                _refuse("HuluMedConfig", f"{name} {getattr(self, name)}", "at least 1")
+        _check_sizes("HuluMedConfig", self, ("head_dim",))  # where the decoder has no such field, it is there by now
+        heads, groups = getattr(self, "num_attention_heads", 1), getattr(self, "num_key_value_heads", 1)
+        if heads % groups:
+            _refuse("HuluMedConfig", f"num_attention_heads {heads}", f"a multiple of num_key_value_heads = {groups}")
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike[str], **kwargs: Any) -> HuluMedConfig:
         """Read a folder's ``config.json``: either released layout, or transformers' ``video_llama_3``.
 
         Raises:
-            ValueError: another ``model_type``, or no id for the image token.
+            ValueError: another ``model_type``, no id for the image token, a size that cannot be, or a key that
+            would have other files than the folder's safetensors read.
         """
         data, kwargs = PreTrainedConfig.get_config_dict(directory, **kwargs)
         return config_from_dict(data, str(Path(directory) / "config.json"), **kwargs)
@@ -125,8 +139,10 @@ def config_from_dict(data: dict[str, Any], source: str, **overrides: Any) -> Hul
     if isinstance(data.get("vision_encoder_config"), str):
         del data["vision_encoder_config"]  # the original layout names a path; every released encoder is the default
     _check_names(source, data, FAMILIES[family])
+    _check_reach(source, data)
     if isinstance(data.get("vision_encoder_config"), dict):
         _check_names(source, data["vision_encoder_config"], HuluMedVisionConfig)
+        _check_reach(source, data["vision_encoder_config"])
     try:
         config = FAMILIES[family](**{**data, **overrides})
     except Exception as error:  # a value of the wrong type, by huggingface_hub's checks or ours
@@ -134,9 +150,32 @@ def config_from_dict(data: dict[str, Any], source: str, **overrides: Any) -> Hul
     token = config.image_token_index
     if token is None:
         _refuse(source, "no image_token_index", "the id of the image token")
-    if not 0 <= token < config.vocab_size:
-        _refuse(source, f"image_token_index {token}", f"0 to below vocab_size = {config.vocab_size}")
+    if type(token) is not int or not 0 <= token < config.vocab_size:
+        _refuse(source, f"image_token_index {token!r}", f"0 to below vocab_size = {config.vocab_size}")
+    if config.dtype is not None and not (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point):
+        _refuse(source, f"dtype {config.dtype!r}", "a floating-point type")
     return config
+
+
+def _check_reach(source: str, data: dict[str, Any]) -> None:
+    """A config says what its own weights are. What would have transformers open another file (a pickle among them),
+    or fetch and run code of a hub repository, is refused."""
+    for key in ("transformers_weights", "quantization_config"):
+        if data.get(key) is not None:
+            _refuse(source, f"{key} {data[key]!r}", "none: weights are model.safetensors, as they are")
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        value = data.get(key)
+        if value is not None and (not isinstance(value, str) or "/" in value):
+            _refuse(source, f"{key} {value!r}", "a name without '/', an implementation of transformers' own")
+
+
+def _check_sizes(name: str, config: Any, keys: Sequence[str]) -> None:
+    """Those that are there are whole numbers from 1; None is transformers' own default."""
+    for key in keys:
+        value = getattr(config, key, None)
+        most = MAX_LAYERS if key == "num_hidden_layers" else math.inf
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            _refuse(name, f"{key} {value!r}", f"1 to {most}" if most < math.inf else "at least 1")
 
 
 def _check_names(source: str, data: dict[str, Any], kind: Any) -> None:

@@ -96,10 +96,11 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs: as transformers', ``dtype`` and ``device_map`` among them.
 
         Raises:
-            ValueError: keys missing, left over or of another shape (listed); a config that is none of ours.
+            ValueError: keys missing, left over or of another shape (listed), in a folder before anything is
+                allocated; an index that does not fit its shards; a config that is none of ours.
             OSError: no safetensors, or a shard that the index names is not there.
         """
-        found = load_strict(super().from_pretrained, cls.__name__, directory, *args, **kwargs)
+        found = load_strict(super().from_pretrained, cls, directory, *args, **kwargs)
         (found[0] if isinstance(found, tuple) else found).backend = backend
         return found
 
@@ -172,7 +173,8 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Encode what is visual, drop what is pruned, and lay the batch out again.
 
         Args:
-            input_ids: ``[B, L]``, one image token per visual token, padded left or right.
+            input_ids: ``[B, L]``, one image token per visual token, padded left or right; where nothing is
+                padded and pruning makes rows unequal, they are padded left, as generation needs it.
             attention_mask: ``[B, L]``, 0 at padding; None has none. labels: ``[B, L]``.
             pixel_values, grid_thw, merge_sizes, modals: of all samples in order, as the processor gives them.
             pruning: arguments of :func:`hulukern.pruning.prune_patches`, False for none, None for the config's.
@@ -213,7 +215,7 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features: torch.Tensor | None,
         keep: torch.Tensor,
     ) -> Prompt:
-        """Rows without padding are packed, pruned, and padded again on the side they were."""
+        """Rows without padding are packed, pruned, and padded again on the side they were, left if none."""
         B = input_ids.shape[0]
         real = mask.bool()
         ends = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
@@ -223,7 +225,7 @@ class HuluMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )  # fmt: skip
         lengths = kept.cu_seqlens.diff().long()
         width = int(lengths.max()) if B else 0
-        left = bool((~real[:, :1]).any())
+        left = bool((~real[:, :1]).any()) or bool(real[:, -1:].all())
         column = torch.arange(width, device=input_ids.device).expand(B, width)
         filled = column >= (width - lengths)[:, None] if left else column < lengths[:, None]
         ids = input_ids.new_full((B, width), self.config.pad_token_id or 0).masked_scatter(filled, kept.input_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from transformers import AddedToken, AutoProcessor, AutoTokenizer, BatchFeature
 from transformers.utils import cached_file
 
+from hulukern.pruning import check_rule
 from model.chat import IMAGE_TOKEN, MEDIA, Message, is_conversation, opening, parts_of, placeholders, render
 from model.config import FAMILIES
 from model.image_processor import HuluMedImageProcessor, Visual
 from model.media import IMAGE, VIDEO, VOLUME, Clip, Reading, from_memory, load_frames
-from model.media.clip import refuse
+from model.media.clip import reading, refuse
 
 MARKS = ("<|im_start|>", "<|im_end|>")
 IGNORED = -100  # label of a token that is not learned
@@ -94,11 +95,12 @@ class HuluMedProcessor:
         """One sample or a batch of B.
 
         Args:
-            conversation: messages ``{"role": str, "content": str | parts}``, or a list of such lists. A part
-                is a text, or has a ``type``: text, image, video, 3d or volume, and under the same key (or
-                ``path``) a path, a folder, an array, a tensor, a Pillow image, a list of frames, a
-                :class:`model.media.Clip`, or a dict with a path; fields of :class:`model.media.Reading`
-                beside it (fps, max_frames, num_slices, axis, window, volume_index) say how to read it.
+            conversation: messages ``{"role": str, "content": str | parts}``, or a list of such lists; no mere
+                string, which is a ``text``. A part is a text, or has a ``type``: text, image, video, 3d or
+                volume, and under the same key (or ``path``) a path, a folder, an array, a tensor, a Pillow
+                image, a list of frames, a :class:`model.media.Clip`, or a dict with a path; fields of
+                :class:`model.media.Reading` beside it (fps, max_frames, num_slices, axis, window,
+                volume_index) say how to read it.
             text: in place of a conversation, prompts with one ``<image>`` per frame of ``images``.
             images: for ``text``, media in order (4 dimensions or a list: a video); for a conversation,
                 those of its parts that hold no data. For a batch, one such list, or one medium, for each.
@@ -118,8 +120,8 @@ class HuluMedProcessor:
             :class:`model.image_processor.Visual`. The budget of visual tokens is for each sample.
 
         Raises:
-            ValueError: an unreadable file; a part of unknown type; another number of ``<image>`` in the
-            text than of frames; a kind of file other than the part asks for.
+            ValueError: a conversation that is none; an unreadable file; a part of unknown type; another number of
+            ``<image>`` in the text than of frames; a kind of file other than the part asks for.
         """
         if (conversation is None) == (text is None):
             raise ValueError("processor: has a conversation and text, or none, expected one of them")
@@ -127,7 +129,11 @@ class HuluMedProcessor:
             raise ValueError("return_labels: has text, expected a conversation, which tells whose turn it is")
         samples: list[Any] = [text] if isinstance(text, str) else list(text or [])
         if conversation is not None:
-            samples = [conversation] if is_conversation(conversation) else list(conversation)
+            samples = _conversations(conversation)
+        elif not all(isinstance(sample, str) for sample in samples):
+            raise ValueError("text: has something other, expected a str or a list of them")
+        if prune is not None:
+            _check_prune(prune)
         single = isinstance(text, str) or is_conversation(conversation)
         media: Sequence[Any] = [images] if single else [None] * len(samples) if images is None else images
         if not samples or len(media) != len(samples):
@@ -171,7 +177,10 @@ class HuluMedProcessor:
         if tokenize:
             return self(conversation, add_generation_prompt=add_generation_prompt, **call)
         if not is_conversation(conversation):
-            return [self.apply_chat_template(c, add_generation_prompt=add_generation_prompt) for c in conversation]
+            return [
+                self.apply_chat_template(c, add_generation_prompt=add_generation_prompt)
+                for c in _conversations(conversation)
+            ]
         turns, _ = self._turns(conversation, call.get("images"), add_generation_prompt)
         return "".join(turn.text for turn in turns)
 
@@ -189,7 +198,7 @@ class HuluMedProcessor:
         given = iter(_many(images))
         for message in conversation:
             body = ""
-            for part in parts_of(message):
+            for part in _parts(message):
                 if part["type"] == "text":
                     body += part["text"]
                     continue
@@ -219,8 +228,11 @@ class HuluMedProcessor:
 
     def _how(self, kind: str, options: Mapping[str, Any]) -> Reading:
         chosen = {field: options[name] for name, field in OPTIONS.items() if name in options}
-        if isinstance(chosen.get("axis"), int):
-            chosen["axis"] = AXES[chosen["axis"]]
+        axis = chosen.get("axis")
+        if isinstance(axis, int) and 0 <= axis < len(AXES):
+            chosen["axis"] = AXES[axis]
+        elif axis not in (None, *AXES):
+            raise ValueError(f"axis: has {axis!r}, expected 0 to {len(AXES) - 1} or one of {', '.join(AXES)}")
         if isinstance(chosen.get("window"), list):
             chosen["window"] = tuple(chosen["window"])
         if "window_center" in options and "window_width" in options:
@@ -233,7 +245,7 @@ class HuluMedProcessor:
         if isinstance(data, Clip):
             clip = data
         else:
-            clip = load_frames(data, how) if isinstance(data, (str, Path)) else from_memory(data, kind, how)
+            clip = load_frames(data, how) if isinstance(data, (str, Path)) else _from_memory(data, kind, how)
         n = len(clip.frames)
         if kind == IMAGE and n > 1:
             refuse(clip.source, f"{n} frames or slices", "one image")
@@ -252,7 +264,7 @@ class HuluMedProcessor:
         if isinstance(data, (str, Path)):
             return load_frames(data, self.how)
         many = isinstance(data, (list, tuple)) or getattr(data, "ndim", 0) == 4
-        return from_memory(data, VIDEO if many else IMAGE, self.how)
+        return _from_memory(data, VIDEO if many else IMAGE, self.how)
 
     @staticmethod
     def _merge(kind: str) -> int:
@@ -352,6 +364,49 @@ class HuluMedProcessor:
             text = " ".join(str(error).split())[:200]
             raise ValueError(f"{name}: has a tokenizer that cannot be read ({text}), expected tokenizer.json") from None
         return cls(tokenizer, **{**arguments, **options})
+
+
+def _conversations(given: Any) -> list[Sequence[Message]]:
+    """A batch of conversations, or the one given."""
+    if is_conversation(given):
+        return [given]
+    samples = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
+    other = [sample for sample in samples if not is_conversation(sample)]
+    if other or not samples:
+        came = f"type {type(other[0]).__name__}" if other else "nothing in it"
+        raise ValueError(f"conversation: has {came}, expected messages or a list of such lists; a prompt goes by text=")
+    return samples
+
+
+def _parts(message: Any) -> list[Message]:
+    """The message's parts, each a text or of a type that is known. What JSON can hold beside is refused."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"message: has type {type(message).__name__}, expected a dictionary with role and content")
+    content = message.get("content", "")
+    if not isinstance(content, (str, list, tuple)):
+        raise ValueError(f"content: has type {type(content).__name__}, expected a text or a list of parts")
+    for part in () if isinstance(content, str) else content:
+        if not isinstance(part, (str, Mapping)):
+            raise ValueError(f"content: has {type(part).__name__} in it, expected texts and dictionaries")
+    parts = parts_of(message)
+    for part in parts:
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"content: has a part of type 'text' with text {part.get('text')!r}, expected a str")
+    return parts
+
+
+def _check_prune(prune: Any) -> None:
+    """Windows and a rule, told before any file is read."""
+    windows = prune.get("windows") if isinstance(prune, Mapping) else None
+    if not isinstance(windows, (list, tuple)):
+        came = f"windows {windows!r}" if isinstance(prune, Mapping) else f"a {type(prune).__name__}"
+        raise ValueError(f"prune: has {came}, expected a rule and a list of windows, such as ['lung']")
+    check_rule("prune", {key: value for key, value in prune.items() if key not in ("windows", "backend")})
+
+
+def _from_memory(data: Any, kind: str, how: Reading) -> Clip:
+    with reading(f"{kind} in memory", "pixels that numpy can hold"):  # it has no bfloat16
+        return from_memory(data, kind, how)
 
 
 def _many(images: Any) -> Sequence[Any]:

@@ -317,9 +317,26 @@ def test_a_threshold_of_zero_drops_what_stands_still(rule: str) -> None:
     assert keep.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threshold", [1e37, 1e300, float("inf")])
+@pytest.mark.parametrize(("rule", "rest"), [("previous", 1), ("bounded", 0)])
+def test_the_first_frame_is_whole_under_any_threshold(rule: str, rest: int, threshold: float, backend: str) -> None:
+    """It scores +inf, which is not above a threshold that fp32 holds as +inf."""
+    frames = clip()
+    kept = [6, *[rest] * 5]
+    keep = prune_frames(frames, rule=rule, threshold=threshold, backend=backend).keep
+    assert keep.view(6, 6).sum(1).tolist() == kept
+    patches = merge_block(frames)
+    two = prune_patches(
+        torch.cat([patches, patches]), [(6, 4, 6)] * 2, rule=rule, threshold=threshold, backend=backend
+    ).keep
+    assert two.view(12, 6).sum(1).tolist() == kept * 2
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"rule": ["previous"]}, "rule has value ['previous']"),
         ({"rule": "previous", "windows": [(0, 1)]}, "windows has 1 rows, expected None"),
         ({"rule": "previous", "mean": float("nan")}, "mean has value nan"),
         ({"rule": "previous", "std": 0.0}, "std has value 0.0"),

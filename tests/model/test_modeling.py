@@ -141,6 +141,25 @@ def test_padding_may_stand_on_either_side(model: HuluMedForConditionalGeneration
         model.generate(**right, max_new_tokens=1)
 
 
+def test_generation_after_pruning_has_made_equal_rows_unequal(
+    model: HuluMedForConditionalGeneration, processor: HuluMedProcessor
+) -> None:
+    still = np.repeat(drifting(1), 5, 0)
+    asked = [[{"role": "user", "content": [{"type": "video", "video": v}]}] for v in (still, drifting(5, seed=2))]
+    batch = processor(asked)
+    assert batch["attention_mask"].all(), "nothing is padded before pruning"
+    kept = model.prompt(**batch).attention_mask
+    assert kept[0].sum() < kept[1].sum()
+    assert kept[:, -1].all()
+    options = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(**batch, **options)
+    for b, conversation in enumerate(asked):
+        alone = model.generate(**processor(conversation), **options)
+        assert together.sequences[b].tolist() == alone.sequences[0].tolist()
+        for x, y in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(x[b], y[0], rtol=1e-4, atol=1e-5)
+
+
 def test_generation_with_a_cache_equals_without(
     model: HuluMedForConditionalGeneration, processor: HuluMedProcessor
 ) -> None:

@@ -170,6 +170,26 @@ def test_paths_and_options_in_the_released_words(processor: HuluMedProcessor) ->
         ({"conversation": user("x"), "text": "y"}, "expected one of them"),
         ({}, "expected one of them"),
         ({"text": "x", "return_labels": True}, "expected a conversation"),
+        ({"text": [3]}, "text: has something other"),
+        ({"conversation": "Hello"}, "conversation: has type str"),
+        ({"conversation": ["Hello", "you"]}, "conversation: has type str"),
+        ({"conversation": {"role": "user", "content": "x"}}, "conversation: has type dict"),
+        ({"conversation": 5}, "conversation: has type int"),
+        ({"conversation": []}, "conversation: has nothing in it"),
+        ({"conversation": [[]]}, "conversation: has type list"),
+        ({"conversation": [*user("x"), 3]}, "message: has type int"),
+        ({"conversation": [{"role": "user", "content": None}]}, "content: has type NoneType"),
+        ({"conversation": user(3)}, "content: has int in it"),
+        ({"conversation": user({"type": "text"})}, "content: has a part of type 'text' with text None"),
+        ({"conversation": user(image(torch.zeros(3, 28, 28, dtype=torch.bfloat16)))}, "image in memory: has content"),
+        ({"text": "<image>", "images": [torch.zeros(3, 28, 28, dtype=torch.bfloat16)]}, "image in memory: has content"),
+        ({"conversation": user({"type": "volume", "volume": VIDEO, "axis": 3})}, "axis: has 3, expected 0 to 2"),
+        ({"conversation": user({"type": "volume", "volume": VIDEO, "nii_axis": -1})}, "axis: has -1, expected 0 to 2"),
+        ({"conversation": user("x"), "prune": {"rule": "bounded"}}, "prune: has windows None"),
+        ({"conversation": user("x"), "prune": {"windows": "lung", "rule": "bounded"}}, "prune: has windows 'lung'"),
+        ({"conversation": user("x"), "prune": "bounded"}, "prune: has a str"),
+        ({"conversation": user("x"), "prune": {"windows": ["lung"]}}, "prune: rule has no value"),
+        ({"conversation": user("x"), "prune": {"windows": ["lung"], "rule": "bounded", "a": 1}}, "keys ['a']"),
         ({"text": ["x", "y"], "images": [[IMAGE]]}, "images: has 1 entries, expected one for each of 2"),
     ],
 )
@@ -236,6 +256,9 @@ def test_the_template_as_text_and_back(processor: HuluMedProcessor) -> None:
     assert shown == "<|im_start|>user\n<image>,<image>,<image>\nHi<|im_end|>\n<|im_start|>assistant\n"
     tokens = processor.apply_chat_template(talk, tokenize=True, add_generation_prompt=True)
     assert torch.equal(tokens["input_ids"], processor(text=shown, images=[VIDEO])["input_ids"])
+    assert processor.apply_chat_template([talk]) == [processor.apply_chat_template(talk)]
+    with pytest.raises(ValueError, match="conversation: has type str"):
+        processor.apply_chat_template("Hi")
     assert processor.batch_decode(tokens["input_ids"][:, -6:]) == ["Hi\nassistant\n"]
 
 

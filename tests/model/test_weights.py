@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from model import tiny
 from model.config import HuluMedConfig, HuluMedQwen2Config, HuluMedQwen3Config
@@ -155,6 +156,71 @@ def test_a_pickle_is_not_opened(source: tuple[Path, str], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"hidden_size": 16384}, "mismatched keys (model.embed_tokens.weight ["),
+        ({"vocab_size": 10**16}, "1 mismatched keys (model.embed_tokens.weight ["),
+        ({"num_hidden_layers": 300, "layer_types": None}, "missing keys (model.layers.10.input_layernorm.weight"),
+        ({"hidden_size": 2**40, "intermediate_size": 2**40}, "has a config that makes no model (RuntimeError"),
+        ({"pad_token_id": 10**9}, "has a config that makes no model (AssertionError"),
+    ],
+)
+def test_a_config_larger_than_its_weights_is_refused_before_they_are_read(
+    change: dict, says: str, source: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, family = source
+    write_layout(folder, tmp_path / "in", "released", family)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(lambda *_, **__: pytest.fail("was reached")))
+    with pytest.raises(ValueError, match="expected") as caught:
+        HuluMedForConditionalGeneration.from_pretrained(tmp_path / "in")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_and_its_shards_agree(source: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = source
+    tensors = load_file(folder / "model.safetensors")
+    keys = sorted(tensors)
+    shutil.copy(folder / "config.json", tmp_path)
+    places = {key: f"{'ab'[i % 2]}.safetensors" for i, key in enumerate(keys)}
+    for shard in ("a.safetensors", "b.safetensors"):
+        save_file({k: v for k, v in tensors.items() if places[k] == shard}, tmp_path / shard, {"format": "pt"})
+    index = tmp_path / "model.safetensors.index.json"
+    good = {"metadata": {}, "weight_map": places}
+    index.write_text(json.dumps(good))
+    assert HuluMedForConditionalGeneration.from_pretrained(tmp_path)
+    moved, unlisted = {**places, keys[0]: "b.safetensors"}, {k: v for k, v in places.items() if k != keys[0]}
+    for bad, says in [
+        ({**good, "weight_map": moved}, rf"a\.safetensors: has not the keys its index says \({keys[0]}\)"),
+        ({**good, "weight_map": unlisted}, rf"a\.safetensors: has not the keys its index says \({keys[0]}\)"),
+        ({**good, "weight_map": {}}, r"index\.json: has no weight_map or an empty one"),
+        ({**good, "weight_map": [1]}, r"index\.json: has no weight_map"),
+        ([], r"index\.json: has no weight_map"),
+        ({"weight_map": places}, r"index\.json: has no metadata"),
+    ]:
+        index.write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=says):
+            HuluMedForConditionalGeneration.from_pretrained(tmp_path)
+    index.write_text(json.dumps(good))
+    twice = {k: v for k, v in tensors.items() if places[k] == "a.safetensors" or k == keys[1]}
+    save_file(twice, tmp_path / "a.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"has not the keys its index says \({keys[1]}\)"):
+        HuluMedForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_key_in_two_layouts_at_once_is_refused(source: tuple[Path, str], tmp_path: Path) -> None:
+    folder, family = source
+    write_layout(folder, tmp_path / "in", "released", family)
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 repeated keys \(model\.norm\.weight\)"):
+        HuluMedForConditionalGeneration.from_pretrained(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
         ({"model_type": "llava"}, "model_type 'llava'"),
         ({"image_token_index": None}, "no image_token_index"),
         ({"mm_projector_type": "linear"}, "mm_projector_type 'linear'"),
@@ -168,6 +234,22 @@ def test_a_pickle_is_not_opened(source: tuple[Path, str], tmp_path: Path) -> Non
         ({"pruning": "bounded"}, "pruning has value 'bounded'"),
         ({"pruning": {"rule": "zzz"}}, "rule has value 'zzz'"),
         ({"hidden_size": -64}, "hidden_size -64"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0, expected at least 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4, expected a multiple of num_key_value_heads = 3"),
+        ({"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers 1000000000, expected 1 to 1000"),
+        ({"head_dim": 0}, "head_dim 0"),
+        ({"vision_encoder_config": {"num_attention_heads": 0}}, "num_attention_heads 0"),
+        ({"vision_encoder_config": {"patch_size": 0}}, "patch_size 0"),
+        ({"vision_encoder_config": {"rope_theta": -1.0}}, "rope_theta -1.0"),
+        ({"image_token_index": "x"}, "image_token_index 'x'"),
+        ({"dtype": "int8"}, "dtype torch.int8"),
+        ({"dtype": 3}, "dtype 3"),
+        ({"pruning": {"rule": ["previous"]}}, "rule has value ['previous']"),
+        ({"transformers_weights": "adapter_model.bin"}, "transformers_weights 'adapter_model.bin'"),
+        ({"transformers_weights": "../other/model.safetensors"}, "transformers_weights '../other"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config {"),
+        ({"attn_implementation": "who/ever"}, "attn_implementation 'who/ever'"),
+        ({"vision_encoder_config": {"_attn_implementation": "who/ever"}}, "attn_implementation 'who/ever'"),
     ],
 )
 def test_wrong_config_keys_name_the_file(change: dict, says: str, source: tuple[Path, str], tmp_path: Path) -> None:
