@@ -27,27 +27,35 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a check failed, 2 bad input or arguments, or nothing that can be judged."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = _parse(arguments)
+        return int(options.run(options))
+    except BrokenPipeError:  # a reader that had enough, as head
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"bench {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"bench {arguments[0]}: interrupted", file=sys.stderr)
+        return 2
+    except Exception:  # Python would end with 1, which says that a check failed
+        traceback.print_exc()
+        return 2
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description="Benchmarks, run from a checkout.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=text.replace("%", "%%"), formatter_class=formatter)
         if arguments[:1] == [name]:
             loaded = importlib.import_module(module)
             command.description, command.epilog = loaded.__doc__, loaded.EXAMPLES
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        print(f"bench {options.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"bench {options.command}: interrupted", file=sys.stderr)
-        return 2
-    except Exception:  # Python would end with 1, which says that a check failed
-        traceback.print_exc()
-        return 2
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 
 import hulukern
@@ -61,7 +62,7 @@ def patch_embed_frames(frames: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return F.linear(cut(normalise(frames, weight.dtype)), weight, bias)
 
 
-# --- steps in eager torch, where a spec has no plain formulation -----------------------------------------------
+# --- steps in eager torch, where a spec's plain formulation is none or does more than its task needs ------------
 
 
 def _normalised(pixels: torch.Tensor, a: Arguments, dtype: torch.dtype, axis: int = -1) -> torch.Tensor:
@@ -92,7 +93,36 @@ def _scatter(a: Arguments) -> torch.Tensor:
     return rows.index_copy_(0, a["index"], a["grad"])
 
 
+def _attend(a: Arguments) -> torch.Tensor:
+    """Rotated in fp32, rounded, then attention sequence by sequence."""
+    q, k = (rope_attention_rotate(a[x], a[f"positions_{x}"], a["sections"], a["theta"], False) for x in "qk")
+    lengths = [a[f"cu_seqlens_{x}"].diff().tolist() for x in "qk"]
+    parts = (x.transpose(0, 1).split(n, 1) for x, n in ((q, lengths[0]), (k, lengths[1]), (a["v"], lengths[1])))
+    outs = [((x @ y.mT * a["scale"]).float().softmax(-1).to(x.dtype) @ z) for x, y, z in zip(*parts, strict=True)]
+    return torch.cat(outs, 1).transpose(0, 1).contiguous()
+
+
+def _layer_norm(a: Arguments) -> list[torch.Tensor]:
+    """No statistics: a user of torch's LayerNorm need not ask for them."""
+    x, weight, bias = a["x"], *(a[name].to(a["x"].dtype) for name in ("weight", "bias"))
+    summed = x if a["residual"] is None else x + a["residual"]
+    y = F.layer_norm(summed, x.shape[-1:], weight, bias, a["eps"])
+    return [y] if a["residual"] is None else [y, summed]
+
+
+def _merge(a: Arguments) -> torch.Tensor:
+    """Kept cells first: what is dropped need not be normalised."""
+    cells = a["x"].view(-1, a["merge_size"] ** 2, a["x"].shape[1])
+    cells = cells if a["keep"] is None else cells[a["keep"]]
+    if a["weight"] is not None:
+        cells = F.layer_norm(cells, cells.shape[-1:], a["weight"], a["bias"], a["eps"])
+    return cells.mean(1)
+
+
 EAGER: Mapping[str, Run] = {
+    "rope_attention": _attend,
+    "layer_norm": _layer_norm,
+    "spatial_merge": _merge,
     "patch_embed_normalize": _normalize,
     "patch_embed_cut": _cut,
     "token_compact": _compact,
@@ -112,11 +142,22 @@ def _score_frames(frames: torch.Tensor, windows: list[int]) -> torch.Tensor:
     return torch.stack([score(c, frames.shape[0]).flatten() for c in clipped]).amax(0)
 
 
-def _eager(op: Op) -> Run:
+def eager(op: Op) -> Run | None:
+    """The op in eager torch; its results or the first of them. None for the backward of an op that has one: a plain
+    formulation would run the forward first, which "bwd" of that op does not time."""
+    if op.name in EAGER:
+        return EAGER[op.name]
     plain = op.plain
-    if plain is not None:
-        return lambda a: plain(*(a[name] for name in op.argument_names))
-    return EAGER[op.name]
+    if plain is None or op.name.removesuffix("_backward") in set(hulukern.OPS) - {op.name}:
+        return None
+    return lambda a: plain(*(a[name] for name in op.argument_names))
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """torch.compile for a peer. A timed backward runs many times over one graph, whose buffers must outlive the
+    first."""
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, **options)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------
@@ -147,10 +188,12 @@ def _missing(package: str, device: str) -> str:
 
 class Torch(Baseline):
     name = "torch"
-    ops = tuple(name for name, o in hulukern.OPS.items() if o.spec.plain is not None or name in EAGER)
+    ops = tuple(name for name, o in hulukern.OPS.items() if eager(o.spec) is not None)
 
     def prepare(self, op: Op, a: Arguments) -> Run:
-        return _eager(op)
+        run = eager(op)
+        assert run is not None
+        return run
 
 
 class Compiled(Baseline):
@@ -166,7 +209,7 @@ class Compiled(Baseline):
         return "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler on PATH"
 
     def prepare(self, op: Op, a: Arguments) -> Run:
-        return torch.compile(_eager(op))  # dynamic from the second size on: what is kept differs from set to set
+        return compiled(Torch().prepare(op, a))  # dynamic from the second size on: what is kept differs from set to set
 
 
 def _lengths(a: Arguments) -> list[int]:
@@ -184,7 +227,7 @@ def _rotated(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def _compiled_rotate() -> Callable[..., torch.Tensor]:
-    return torch.compile(rope_attention_rotate, dynamic=True)  # once for all cases
+    return compiled(rope_attention_rotate, dynamic=True)  # once for all cases
 
 
 class Sdpa(Baseline):
@@ -233,11 +276,11 @@ class Flex(Baseline):
         mask = create_block_mask(
             lambda _b, _h, i, j: document[i] == document[j], None, None, N, N, device=str(a["q"].device)
         )
-        compiled: Any = torch.compile(flex_attention, dynamic=False)
+        attend = compiled(flex_attention, dynamic=False)
 
         def run(a: Arguments) -> torch.Tensor:
             q, k, v = (x.transpose(0, 1)[None] for x in (*_rotated(a), a["v"]))
-            return compiled(q, k, v, block_mask=mask, scale=a["scale"])[0].transpose(0, 1)
+            return attend(q, k, v, block_mask=mask, scale=a["scale"])[0].transpose(0, 1)
 
         return run
 

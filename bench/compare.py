@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from bench.results import load_results, write_text
-from bench.stats import AMBIGUOUS, SLOWER, Ratio, of_intervals, paired, unpaired
+from bench.stats import AMBIGUOUS, ENOUGH, SLOWER, Ratio, of_intervals, paired, unpaired
 from bench.timing import Timing
 
 EXAMPLES = """examples:
@@ -30,7 +32,8 @@ EXAMPLES = """examples:
 exit codes: 0 none slower, 1 some slower, 2 cannot judge: ambiguous, other devices, nothing in common, bad files
 """
 THRESHOLD = 0.03
-MIN_PAIRS = 6  # of files: the fewest whose smallest and largest ratio hold the median with 95 %
+MIN_PAIRS = ENOUGH  # of files
+SAME_EXPERIMENT = ("suite", "device", "warm", "scale", "model")  # what our files say of what they measured
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Run:
-    """One file. ``device``: what two runs must share for their times to be comparable."""
+    """One file. ``device`` and ``experiment``: what two runs must share for their times to be comparable."""
 
     source: str
     device: str
     measurements: Mapping[str, Measurement]
+    experiment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,25 @@ def _own(path: Path, data: dict[str, Any]) -> Run:
     gpu, cpu = meta.get("gpu") or [], meta.get("cpu", {})
     device = ", ".join(gpu) or f"{cpu.get('model')}, {cpu.get('torch_threads')} threads"
     samples = data.get("samples") or [()] * len(data["rows"])
-    found = {}
+    if not isinstance(samples, list) or len(samples) != len(data["rows"]):
+        raise ValueError(f"{path}: has samples that are not of its rows, expected {len(data['rows'])} lists of them")
+    found: dict[str, Measurement] = {}
     for row, values in zip(data["rows"], samples, strict=True):
-        name = "/".join(row[k] for k in ("op", "case", "dtype", "direction", "impl"))
-        found[name] = Measurement(Timing(row["median_s"], row["low_s"], row["high_s"], len(values)), values)
-    return Run(str(path), device, found)
+        name = "/".join(str(row[k]) for k in ("op", "case", "dtype", "direction", "impl"))
+        n = len(values) or row.get("n", 0)
+        _add(path, found, name, Measurement(Timing(row["median_s"], row["low_s"], row["high_s"], n), values))
+    return Run(str(path), device, found, {key: data[key] for key in SAME_EXPERIMENT if key in data})
+
+
+def _add(path: Path, found: dict[str, Measurement], name: str, measurement: Measurement) -> None:
+    """Raises ValueError for a name that is there already, and for what are no seconds."""
+    if name in found:
+        raise ValueError(f"{path}: has {name} more than once, expected one measurement of a name")
+    t = measurement.timing
+    for seconds in (t.median, t.low, t.high, *measurement.samples):
+        if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+            raise ValueError(f"{path}: {name} has a time of {seconds!r}, expected seconds above 0")
+    found[name] = measurement
 
 
 def _foreign(path: Path, data: dict[str, Any]) -> Run:
@@ -86,14 +104,12 @@ def _foreign(path: Path, data: dict[str, Any]) -> Run:
     try:
         cpu = data["machine_info"].get("cpu") or {}
         device = f"{cpu.get('brand_raw') or data['machine_info'].get('machine')}, {cpu.get('count')} cores"
-        found = {}
+        found: dict[str, Measurement] = {}
         for entry in data["benchmarks"]:
             s = entry["stats"]
             spread = 1.57 * (s["q3"] - s["q1"]) / max(s["rounds"], 1) ** 0.5  # a boxplot's notch: 95 % of a median
-            if not 0 < s["median"] < float("inf"):
-                raise ValueError(f"{path}: {entry['fullname']} has a median of {s['median']}, expected seconds above 0")
             timing = Timing(s["median"], max(s["median"] - spread, s["min"]), s["median"] + spread, s["rounds"])
-            found[entry["fullname"]] = Measurement(timing, s.get("data") or ())
+            _add(path, found, entry["fullname"], Measurement(timing, s.get("data") or ()))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: has no {error} where pytest-benchmark writes it, expected its JSON") from None
     return Run(str(path), device, found)
@@ -103,7 +119,7 @@ def common(runs: Sequence[Run]) -> list[str]:
     """What all of them measured, in the order of the last.
 
     Raises:
-        ValueError: the devices differ, or nothing is in all.
+        ValueError: the devices or what was measured differ, or nothing is in all.
     """
     first, last = runs[0], runs[-1]
     for run_ in runs:
@@ -111,6 +127,10 @@ def common(runs: Sequence[Run]) -> list[str]:
             raise ValueError(
                 f"{run_.source}: has times of {run_.device!r}, expected {first.device!r} as {first.source}"
             )
+        for key in {*first.experiment} & {*run_.experiment}:
+            came, expected = run_.experiment[key], first.experiment[key]
+            if came != expected:
+                raise ValueError(f"{run_.source}: has {key} {came!r}, expected {expected!r} as {first.source}")
     names = [name for name in last.measurements if all(name in run_.measurements for run_ in runs)]
     if not names:
         others = first.source if len(runs) == 2 else "all others"
@@ -167,13 +187,25 @@ def summary(findings: Sequence[Finding], threshold: float) -> str:
     return ", ".join(f"{n} {v}" for v, n in counts.items() if n) + f" at a threshold of {100 * threshold:g} %"
 
 
-def markdown(findings: Sequence[Finding], threshold: float) -> str:
+def code(name: str) -> str:
+    """A code span for a cell of a Markdown table, whatever is in the name."""
+    name = printable(name).replace("|", "\\|")
+    ticks = "`" * (1 + max((len(run_) for run_ in re.findall("`+", name)), default=0))
+    return f"{ticks} {name} {ticks}" if len(ticks) > 1 else f"`{name}`"
+
+
+def printable(name: str) -> str:
+    """Without control characters, which XML does not have."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+
+
+def markdown(findings: Sequence[Finding], threshold: float, gone: Sequence[str] = ()) -> str:
     """For a pull request: what is not SAME in sight, the rest folded."""
     head = ["| measurement | head / base | 95 % interval | verdict |", "|---|---:|---:|---|"]
 
     def rows(chosen: Sequence[Finding]) -> list[str]:
         return [
-            f"| `{f.name}` | {f.ratio.value:.3f} | {f.ratio.low:.3f} – {f.ratio.high:.3f} | {f.verdict} |"
+            f"| {code(f.name)} | {f.ratio.value:.3f} | {f.ratio.low:.3f} – {f.ratio.high:.3f} | {f.verdict} |"
             for f in chosen
         ]
 
@@ -184,6 +216,8 @@ def markdown(findings: Sequence[Finding], threshold: float) -> str:
         lines += [*head, *rows(loud), ""]
     if quiet:
         lines += [f"<details><summary>{len(quiet)} unchanged</summary>", "", *head, *rows(quiet), "", "</details>", ""]
+    if gone:
+        lines += [f"Measured at the base and not at the head: {', '.join(code(name) for name in gone)}", ""]
     return "\n".join(lines)
 
 
@@ -195,7 +229,7 @@ def junit(findings: Sequence[Finding], threshold: float) -> str:
         errors=str(verdicts.count(AMBIGUOUS)),
     )  # fmt: skip
     for f in findings:
-        case = ElementTree.SubElement(suite, "testcase", classname="performance", name=f.name)
+        case = ElementTree.SubElement(suite, "testcase", classname="performance", name=printable(f.name))
         text = f"head/base {f.ratio.value:.3f} ({f.ratio.low:.3f} .. {f.ratio.high:.3f}), threshold {threshold:g}"
         if f.verdict in (SLOWER, AMBIGUOUS):
             kind = "failure" if f.verdict == SLOWER else "error"
@@ -214,13 +248,16 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"--threshold: has {threshold}, expected a share above 0, such as 0.03")
 
 
-def report(findings: Sequence[Finding], options: argparse.Namespace) -> int:
+def report(findings: Sequence[Finding], options: argparse.Namespace, gone: Sequence[str] = ()) -> int:
+    """Writes the Markdown last: the action takes it for the sign of a judgement that is complete."""
     print(table(findings))
     print(summary(findings, options.threshold))
-    if options.markdown is not None:
-        write_text(options.markdown, markdown(findings, options.threshold))
+    if gone:
+        print(f"measured at the base and not at the head: {', '.join(gone)}")
     if options.junit is not None:
         write_text(options.junit, junit(findings, options.threshold))
+    if options.markdown is not None:
+        write_text(options.markdown, markdown(findings, options.threshold, gone))
     return exit_code(findings)
 
 
@@ -243,4 +280,5 @@ def run(options: argparse.Namespace) -> int:
         alone = [n for n in run_.measurements if n not in judged]
         if alone:
             print(f"{run_.source}: {len(alone)} measurements that not all files have", file=sys.stderr)
-    return report(findings, options)
+    gone = [name for name in loaded[0].measurements if name not in loaded[-1].measurements]
+    return report(findings, options, gone)

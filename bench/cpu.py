@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 
 import hulukern
 from bench.agreement import Disagreement, agree
+from bench.baselines import eager
 from bench.models import encoders, patches
 from bench.results import check, row, write_results
 from bench.timing import Rounds, interleave, keep_freed_memory, peak_memory, summarize
@@ -51,19 +52,18 @@ def main(path: Path, only: str, seconds: float) -> int:
     if not steps:
         print(f"bench: --only has {only!r}, which names no check", file=sys.stderr)
         return 2
-    kept = keep_freed_memory()
+    more = {"threads": torch.get_num_threads(), "freed_memory_kept": keep_freed_memory(), "memory": suite.memory}
     try:
         for _, step in steps:
             known = len(suite.checks)
             step(seconds / len(steps))
+            write_results(path, suite.rows, suite.checks, suite="cpu", **more)
             for c in suite.checks[known:]:
                 print(f"  {c['name']:<36} {c['value']:6.2f}  [{c['low']:.2f}, {c['high']:.2f}]  target {c['target']:g}"
                       f"{'' if c['met'] else '  MISSED'}", flush=True)  # fmt: skip
     except Disagreement as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    more = {"threads": torch.get_num_threads(), "freed_memory_kept": kept, "memory": suite.memory}
-    write_results(path, suite.rows, suite.checks, suite="cpu", **more)
     print(path)
     return 0
 
@@ -109,15 +109,15 @@ class Suite:
         """Bytes the op must move per second, over those of a copy well beyond the caches in the same round."""
         op = hulukern.OPS[name].spec
         a = sample(op, op.perf_cases[0], torch.bfloat16, "cpu")
-        plain = [a[argument] for argument in op.argument_names]
         for got, expected in zip(*(pytree.tree_leaves(x) for x in (call(op, a, "cpu"), call(op, a, "reference"))),
                                  strict=True):  # fmt: skip
             agree(name, expected, got, 0.02)
         source = torch.randint(0, 255, (128 << 20,), dtype=torch.uint8)
         target = torch.empty_like(source)
         runs: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "cpu": lambda: call(op, a, "cpu")}
-        if op.plain is not None:
-            runs["torch"] = lambda: op.plain(*plain)  # type: ignore[misc]
+        plain = eager(op)
+        if plain is not None:
+            runs["torch"] = lambda: plain(a)
         rounds = interleave(runs, seconds=seconds)
         cost, copied = op.cost(a), 2 * source.numel()
         for impl in runs:

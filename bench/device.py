@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from bench import counters, gpu, ops
 from bench.baselines import BASELINES
 from bench.contenders import Filter
 from bench.results import load_results, write_text
-from hulukern.backends import unavailable
+from hulukern.backends import BACKENDS, unavailable
 from hulukern.testing import harness
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,8 @@ def run_sanitizer(check_name: str, device: str, log: Log, limit_s: float) -> dic
     # Every tensor an allocation of its own, or what lies beyond one is another's and no error.
     text, code = capture(command, limit_s, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     log.add(check_name, text)
-    return {"exit_code": code}
+    reports = re.findall(r"^========= ((?:Invalid|Error|Program hit|Barrier error|Race reported)\b.*)", text, re.M)
+    return {"exit_code": code, **({"wrong": reports[:5]} if reports else {})}
 
 
 def run_ops(options: argparse.Namespace, peers: list[str], path: Path, log: Log, limit_s: float) -> dict[str, Any]:
@@ -115,23 +116,37 @@ def run_ops(options: argparse.Namespace, peers: list[str], path: Path, log: Log,
     names = [x for name in options.op for x in ("--op", name)] + [x for peer in peers for x in ("--baseline", peer)]
     command = [sys.executable, "-m", "bench", "run", "--suite", "ops", "--json", str(path), "--seconds", str(seconds)]
     resume: list[str] = []
+    begun = time.time()
     for _ in range(ATTEMPTS):
         left = max(end - time.monotonic(), 1.0)
         text, code = capture([*command, *names, *resume, "--limit", str(max(left - 15, 1.0))], left, dict(os.environ))
         log.add(path.stem, text)
         resume = ["--resume"]
-        if code != 2 or "--resume goes on" not in text or time.monotonic() > end:
+        lost = code < 0 or (code == 2 and "--resume goes on" in text)  # killed by a signal, or by what it says
+        if not lost or time.monotonic() > end:
             break
-    return {"exit_code": code}
+    found = written_since(path, begun) or {"reasons": {}}
+    wrong = [
+        f"{group}/{name}: {reason}" for group, reasons in found["reasons"].items() for name, reason in reasons.items()
+        if reason.startswith("wrong") and name in (*BACKENDS, "all")
+    ]  # fmt: skip
+    return {"exit_code": code, **({"wrong": wrong} if wrong else {})}
+
+
+def written_since(path: Path, begun: float) -> dict[str, Any] | None:
+    """Results that a stage has left, though it was stopped; None for those of an earlier run."""
+    return load_results(path) if path.exists() and path.stat().st_mtime >= begun - 1 else None
 
 
 def run_model(path: Path, log: Log, limit_s: float) -> dict[str, Any]:
     """Suite gpu."""
     seconds = limit_s / 5  # of measuring; building models, compiling and warming up take the rest
     command = [sys.executable, "-m", "bench", "run", "--suite", "gpu", "--json", str(path), "--seconds", str(seconds)]
+    begun = time.time()
     text, code = capture(command, limit_s, dict(os.environ))
     log.add("model", text)
-    return {"exit_code": code}
+    failures = (written_since(path, begun) or {}).get("failures")
+    return {"exit_code": code, **({"wrong": failures} if failures else {})}
 
 
 def run_counters(out: Path, log: Log, limit_s: float) -> dict[str, Any]:
@@ -182,10 +197,13 @@ def capture(command: list[str], limit_s: float, environment: dict[str, str]) -> 
         command, cwd=ROOT, env=environment, text=True, errors="replace", stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    _running.add(process)
     try:
         return process.communicate(timeout=limit_s)[0], process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)
+    finally:
+        _running.discard(process)
     try:
         text = process.communicate(timeout=GRACE_S)[0]
     except subprocess.TimeoutExpired:
@@ -194,6 +212,26 @@ def capture(command: list[str], limit_s: float, environment: dict[str, str]) -> 
         os.killpg(process.pid, signal.SIGKILL)  # its workers too: what comes next is timed
     text = text or process.communicate()[0]
     return f"{text}\nstopped after {limit_s:.0f} s", 124
+
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+def stop_all() -> None:
+    """Whatever runs in a session of its own, which Ctrl-C does not reach."""
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def stopped_together() -> Iterator[None]:
+    """What is interrupted here is stopped everywhere, or the next run is timed beside it."""
+    try:
+        yield
+    except BaseException:
+        stop_all()
+        raise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +263,8 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name}: has {getattr(options, name)}, expected above 0")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch: has no CUDA device, expected one; --device cpu is a rehearsal")
-    begin, cuda, out = time.monotonic(), options.device == "cuda", options.out
+    options.out = options.out.resolve()  # stages run in the root of the tree
+    begin, begun, cuda, out = time.monotonic(), time.time(), options.device == "cuda", options.out
     share = shares(options.stage or [name for name in STAGES if name not in ON_DEMAND], options.limit)
     quick = options.baseline or [peer.name for peer in BASELINES if not peer.compiles]
     Filter(ops=options.op, baselines=quick).check()
@@ -236,35 +275,37 @@ def run(options: argparse.Namespace) -> int:
 
     def take(name: str, stage: Callable[[], dict[str, Any]]) -> None:
         """No stage may cost the others their turn."""
-        begun = time.monotonic()
-        print(f"[{begun - begin:5.0f} s] {name}", flush=True)
+        start = time.monotonic()
+        print(f"[{start - begin:5.0f} s] {name}", flush=True)
         try:
             done[name] = stage()
         except Exception as error:
             done[name] = {"exit_code": 2, "error": f"{type(error).__name__}: {error}"}
-        done[name]["seconds"] = round(time.monotonic() - begun, 1)
+        done[name]["seconds"] = round(time.monotonic() - start, 1)
+        write_text(out / "stages.json", json.dumps({"stages": dict(done)}, indent=1) + "\n")
 
-    with ThreadPoolExecutor() as pool:
-        if "tests" in share:
-            pool.submit(take, "tests", lambda: run_tests(device, log, share["tests"]))
-        for name in ("memcheck", "racecheck") if "sanitizer" in share and cuda else ():
-            pool.submit(take, name, lambda name=name: run_sanitizer(name, device, log, share["sanitizer"]))  # type: ignore[misc]
-    if "ops" in share:
-        take("ops", lambda: run_ops(options, quick, device_json, log, share["ops"]))
-    if "model" in share:
-        take("model", lambda: run_model(gpu_json, log, share["model"]))
-    if "counters" in share and cuda:
-        take("counters", lambda: run_counters(out, log, share["counters"]))
-    if "compiled" in share:
-        slow = options.baseline or [peer.name for peer in BASELINES if peer.compiles]
-        take("compiled", lambda: run_ops(options, slow, compiled_json, log, share["compiled"]))
-    if "sweep" in share and cuda:
-        take("sweep", lambda: run_sweep(options, log, share["sweep"]))
+    with stopped_together():
+        with ThreadPoolExecutor() as pool:
+            if "tests" in share:
+                pool.submit(take, "tests", lambda: run_tests(device, log, share["tests"]))
+            for name in ("memcheck", "racecheck") if "sanitizer" in share and cuda else ():
+                pool.submit(take, name, lambda name=name: run_sanitizer(name, device, log, share["sanitizer"]))  # type: ignore[misc]
+        if "ops" in share:
+            take("ops", lambda: run_ops(options, quick, device_json, log, share["ops"]))
+        if "model" in share:
+            take("model", lambda: run_model(gpu_json, log, share["model"]))
+        if "counters" in share and cuda:
+            take("counters", lambda: run_counters(out, log, share["counters"]))
+        if "compiled" in share:
+            slow = options.baseline or [peer.name for peer in BASELINES if peer.compiles]
+            take("compiled", lambda: run_ops(options, slow, compiled_json, log, share["compiled"]))
+        if "sweep" in share and cuda:
+            take("sweep", lambda: run_sweep(options, log, share["sweep"]))
 
     stopped = [name for name, found in done.items() if found.get("exit_code") == 124]
     failures = [f"{name}: {found}" for name, found in done.items()
                 if found.get("exit_code", 0) not in (0, 124) or found.get("failed") or found.get("passed") == 0
-                or "absent" in found]  # fmt: skip
+                or "absent" in found or "wrong" in found]  # fmt: skip
     failures += [f"{name} {why}" for name in ("cuda", "triton") if cuda and (why := unavailable(name))]
     summary = {"stages": done, "stopped": stopped, "failures": failures, "seconds": time.monotonic() - begin}
     write_text(out / "stages.json", json.dumps(summary, indent=1) + "\n")
@@ -273,8 +314,9 @@ def run(options: argparse.Namespace) -> int:
         ("compiled", compiled_json, lambda d: ops.table(d["rows"], d["roofline"])),
         ("model", gpu_json, gpu.table),
     ):
-        if name in done and path.exists():
-            print(table(load_results(path)))
+        results = written_since(path, begun) if name in done else None
+        if results is not None:
+            print(table(results))
     print("\n".join(f"{name}: {found}" for name, found in done.items()))
     if stopped:
         print(f"stopped before the end: {', '.join(stopped)}; --stage and --limit give one its time")

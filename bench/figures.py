@@ -32,6 +32,7 @@ def svg(draw: Callable[[Any], None], label: str, height: float = 3.4) -> str:
         "svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9, "axes.edgecolor": SOFT, "axes.labelcolor": SOFT,
         "text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE, "legend.frameon": False,
         "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=SERIES),
+        "text.parse_math": False,  # names of files are no formulas
     }  # fmt: skip
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(WIDTH, height), layout="constrained")

@@ -113,6 +113,16 @@ class Suite:
             if reason.startswith("wrong") and name in (*BACKENDS, "all")
         ]  # fmt: skip
 
+    @property
+    def refused(self) -> dict[str, list[str]]:
+        """Per implementation, the groups in which it could run and failed, with what it said."""
+        found: dict[str, list[str]] = {}
+        for group, reasons in self.reasons.items():
+            for name, reason in reasons.items():
+                if reason.startswith("absent: ") and "Error: " in reason:
+                    found.setdefault(name, []).append(f"{group}: {reason.removeprefix('absent: ')}")
+        return found
+
     def run(self, seconds: float, deadline: float = float("inf")) -> Iterator[Group]:
         """Measures groups, about ``seconds`` of measuring each; none is begun after ``deadline`` (monotonic)."""
         for group in self.left:
@@ -212,5 +222,7 @@ def main(path: Path, wanted: Filter, seconds: float, resume: bool, warm: bool, l
     print(table(suite.rows, load_results(path)["roofline"]))
     if suite.left:
         print(f"no time for: {', '.join(map(str, suite.left))}")
+    for name, found in suite.refused.items():
+        print(f"{name}: no row in {len(found)} groups; {found[0]}")
     print("\n".join([f"wrong  {w}" for w in suite.wrong] + [str(path)]))
     return 1 if suite.wrong else 0

@@ -211,8 +211,9 @@ class Quick:
         dtype = op.main_dtype
         arguments = sample(op, case, dtype, "cpu")
         runs: dict[str, Callable[[], Any]] = {b: (lambda b=b: call(op, arguments, b)) for b in BACKENDS}  # type: ignore[misc]
-        if op.plain is not None:
-            runs["torch"] = lambda: op.plain(*(arguments[a] for a in op.argument_names))  # type: ignore[misc]
+        plain = baselines.eager(op)
+        if plain is not None:
+            runs["torch"] = lambda: plain(arguments)
         self._agree(name, runs["reference"](), runs["cpu"](), op.exact(arguments))
         rounds = interleave(runs, seconds=self.per_op_s, min_rounds=5, warmups=1)
         cost = op.cost(arguments)

@@ -12,6 +12,7 @@ import html as markup
 import io
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ max-width:1080px;padding:1.2rem;color-scheme:light dark}h1{font-size:1.6rem;marg
 h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:1rem;margin:1.2rem 0 .3rem;overflow-wrap:anywhere}
 p,figcaption,li{color:var(--soft);max-width:70ch;overflow-wrap:anywhere}figure{margin:1rem 0}
 img{max-width:100%;height:auto;border-radius:6px;display:block}svg{display:block;width:100%;max-width:680px}
-svg text{font-family:inherit!important}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;
+svg text{font-family:inherit!important}.scroll,pre{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;
 font-variant-numeric:tabular-nums}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);
 white-space:nowrap}th:first-child,td:first-child,td.t{text-align:left}th{color:var(--soft);font-weight:600}
 .good{color:var(--good)}.bad{color:var(--bad)}.bars{display:grid;grid-template-columns:max-content 1fr max-content;
@@ -279,6 +280,18 @@ def _curve(data: dict[str, Any]) -> str:
 proportional to what is kept.</p>{figures.curve(data["curve"], 0.55)}{_table(curve_table(data))}"""
 
 
+def _gpu(data: dict[str, Any]) -> str:
+    """Suite gpu: its curve has a part of the pipeline and a batch where that of e2e has an input and a rule."""
+    from bench import gpu  # which needs torch
+
+    points = [
+        {"input": f"{p['part']}, batch {p['batch']}", "rule": "budget", "reduction": p["reduction"], "gain": p["gain"]}
+        for p in data["curve"]
+    ]
+    picture = f"<h2>Throughput over reduction</h2>{figures.curve(points, 0.55)}" if points else ""
+    return f"{picture}<h2>Model</h2><pre>{markup.escape(gpu.table(data))}</pre>"
+
+
 def _history(files: Sequence[dict[str, Any]]) -> str:
     """The 55 % point and our backends' medians over the commits of one device."""
     commits = list(dict.fromkeys(f["meta"]["commit"] for f in files))
@@ -316,9 +329,9 @@ def html(paths: Sequence[Path]) -> str:
             m = d["meta"]
             facts = f"{_kind(d)}: torch {m['torch']}, commit {m['commit']}, {m['time']}"
             parts.append(f"<p>{markup.escape(facts)}</p>")
-            for key, section in (("pruning", _pruning), ("curve", _curve), ("roofline", _ops)):
-                if key in d:
-                    parts.append(section(d))
+            sections = (("pruning", _pruning), ("curve", _curve), ("roofline", _ops))
+            for section in [_gpu] if _kind(d) == "gpu" else [section for key, section in sections if key in d]:
+                parts.append(section(d))
             if d["checks"]:
                 parts.append(f"<h2>Checks</h2>{_table(check_table(d))}")
         parts.append(_history([d for d in files if _device(d) == device]))
@@ -342,6 +355,9 @@ def _kind(data: dict[str, Any]) -> str:
     return str(data.get("suite") or ("quick" if "pruning" in data else "e2e" if "curve" in data else "other"))
 
 
+BESIDE = re.compile(r"(tuning|stages.*|counters)\.json$")  # what a device run leaves beside its results
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results, or folders (bench/results)")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="HTML")
@@ -350,8 +366,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     paths: list[Path] = []
     for given in options.files or [Path(__file__).parent / "results"]:
-        # A tuning table stands beside the results it comes from.
-        found = [p for p in sorted(given.rglob("*.json")) if p.name != "tuning.json"] if given.is_dir() else [given]
+        found = [p for p in sorted(given.rglob("*.json")) if not BESIDE.match(p.name)] if given.is_dir() else [given]
         if not found:
             raise ValueError(f"{given}: has no results, expected *.json in it")
         paths += found

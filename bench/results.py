@@ -16,6 +16,7 @@ from typing import Any
 from bench.timing import Timing
 
 ROW = ("op", "case", "dtype", "direction", "impl", "median_s", "low_s", "high_s", "bytes", "flops")
+COUNTED = (*ROW, "n")  # with how many samples the interval is of; earlier files do not say
 META = ("time", "commit", "torch", "cpu", "native", "gpu")
 CHECK = ("name", "value", "low", "high", "target", "met")
 
@@ -24,8 +25,8 @@ def row(
     op: str, case: str, dtype: str, direction: str, impl: str, t: Timing, n_bytes: int = 0, flops: int = 0
 ) -> dict[str, Any]:
     """One measurement. ``bytes`` and ``flops`` 0 mean that nobody counted."""
-    values = (op, case, dtype, direction, impl, t.median, t.low, t.high, n_bytes, flops)
-    return dict(zip(ROW, values, strict=True))
+    values = (op, case, dtype, direction, impl, t.median, t.low, t.high, n_bytes, flops, t.n)
+    return dict(zip(COUNTED, values, strict=True))
 
 
 def check(name: str, value: float, low: float, high: float, target: float, *, at_most: bool = False) -> dict[str, Any]:
@@ -83,8 +84,12 @@ def stored_path(suite: str) -> Path:
     """Where a commit's results are kept: bench/results/<device>/<suite>-<commit>.json."""
     now = meta()
     device = now["gpu"][0] if now["gpu"] else now["cpu"]["model"]
-    folder = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return Path(__file__).parent / "results" / folder / f"{suite}-{now['commit']}.json"
+    return Path(__file__).parent / "results" / folder_of(device) / f"{suite}-{now['commit']}.json"
+
+
+def folder_of(device: str) -> str:
+    """In bench/results, of a device by its name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_results(path: Path, rows: list[dict[str, Any]], checks: list[dict[str, Any]], **more: Any) -> None:
@@ -105,8 +110,13 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Through a temporary file beside it, so that an interrupted run leaves the old one."""
+    """Through a temporary file beside it, so that an interrupted run leaves the old one. A link stays one, and what is
+    no file (/dev/stdout) is written to."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
@@ -123,11 +133,15 @@ def _validate(source: str, data: Any) -> None:
     missing = [key for key in META if not isinstance(known, dict) or key not in known]
     if missing:
         raise ValueError(f"{source}: has no {', '.join(missing)} in meta, expected results JSON")
-    for kind, fields in (("rows", ROW), ("checks", CHECK)):
+    for kind, *forms in (("rows", COUNTED, ROW), ("checks", CHECK)):
         entries = data.get(kind) if isinstance(data, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{source}: has no list {kind!r}, expected results JSON")
         for i, entry in enumerate(entries):
-            if not isinstance(entry, dict) or tuple(entry) != fields:
+            if not isinstance(entry, dict) or tuple(entry) not in forms:
                 came = list(entry) if isinstance(entry, dict) else type(entry).__name__
-                raise ValueError(f"{source}: {kind}[{i}] has {came}, expected {list(fields)}")
+                raise ValueError(f"{source}: {kind}[{i}] has {came}, expected {list(forms[0])}")
+            for name in (name for name in entry if name.endswith("_s")):
+                seconds = entry[name]
+                if not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
+                    raise ValueError(f"{source}: {kind}[{i}] has {name} {seconds!r}, expected seconds above 0")

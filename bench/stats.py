@@ -21,11 +21,12 @@ from bench.timing import Timing, summarize
 
 SAME, FASTER, SLOWER, AMBIGUOUS = "SAME", "FASTER", "SLOWER", "AMBIGUOUS"
 RESAMPLES = 2000
+ENOUGH = 6  # the fewest samples whose smallest and largest hold the median with 95 %
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """head / base: above 1 is slower. ``n`` pairs, or the smaller number of samples."""
+    """head / base: above 1 is slower. ``n`` pairs, or the smaller number of samples; 0 where a file does not say."""
 
     value: float
     low: float
@@ -34,7 +35,9 @@ class Ratio:
 
     def verdict(self, threshold: float) -> str:
         """SLOWER or FASTER when the whole interval lies beyond ``threshold`` (0.03 is 3 %), SAME when all of
-        it lies within, AMBIGUOUS when it straddles an edge."""
+        it lies within, AMBIGUOUS when it straddles an edge, or is of fewer samples than make an interval."""
+        if 0 < self.n < ENOUGH:
+            return AMBIGUOUS
         slower, faster = 1 + threshold, 1 / (1 + threshold)
         if self.low > slower:
             return SLOWER

@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--suite: has {options.suite!r}, expected ops with --op … --baseline, --limit, --warm, --resume"
         )
+    if options.only and options.suite not in ("cpu", "gpu"):
+        raise ValueError(f"--suite: has {options.suite!r}, expected cpu or gpu with --only")
     limit_s = float("inf") if options.limit is None else options.limit
     if not limit_s > 0:
         raise ValueError(f"--limit: has {options.limit}, expected above 0")

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 import hulukern
-from bench.results import row, write_results, write_text
+from bench.results import folder_of, row, write_results, write_text
 from bench.timing import Rounds, interleave_cuda, n_cold
 from hulukern.spec import Arguments, Case, Op
 from hulukern.testing import harness, offline
@@ -211,8 +210,7 @@ def on_gpu(ops: list[str], seconds: float, limit_s: float, out: Path | None, tab
     if 10 * major + minor not in ARCHITECTURES:
         names = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
         raise ValueError(f"torch: has a device of sm_{major}{minor}, expected one that has rows: {names}")
-    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia")).strip("-")
-    home = Path("bench/results") / slug
+    home = Path("bench/results") / folder_of(torch.cuda.get_device_name())
 
     def timer(runs: Mapping[str, Callable[[int], Any]], sets: int) -> Rounds:
         return interleave_cuda(runs, sets=sets, seconds=seconds)

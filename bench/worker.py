@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 
 import hulukern
+from hulukern.backends import unavailable
 from hulukern.testing import harness
 
 
@@ -28,7 +29,7 @@ def names(device: str) -> dict[str, str]:
     for op_name, registered in hulukern.OPS.items():
         op = registered.spec
         for backend in ("cpu",) if device == "cpu" else ("triton", "cuda"):
-            if backend not in op.backends:
+            if backend not in op.backends or unavailable(backend):
                 continue
             for case in op.perf_cases:
                 dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]

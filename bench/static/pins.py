@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from bench.compare import code
 from bench.results import write_text
 from bench.static.machine_code import generation, multiply_adds
 from bench.static.row import QUANTITIES, Finding, Row
@@ -223,7 +224,7 @@ def diff(base: dict[str, Pin], rows: Iterable[Row], where: str) -> Iterator[str]
     """Rows of a Markdown table: kernels that differ, and in them what does."""
     new = {row.name: row.quantities() for row in rows}
     for name in sorted({*base, *new}):
-        kernel = f"`{where} {name}`"
+        kernel = code(f"{where} {name}")
         if name not in new or name not in base:
             yield f"| {kernel} | {'new' if name in new else 'gone'} |" + " |" * (len(DIFFED) - 1)
             continue

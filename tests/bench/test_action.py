@@ -95,12 +95,23 @@ def test_a_projects_own_bench_folder_is_not_taken_for_ours(tmp_path: Path) -> No
     assert code == 0, said
 
 
+@pytest.mark.parametrize("allow", ["true", "false"])
+def test_a_report_that_cannot_be_written_passes_nothing(allow: str, tmp_path: Path) -> None:
+    benchmark_file(tmp_path / "base.json", 1.0)
+    benchmark_file(tmp_path / "head.json", 1.3)
+    (tmp_path / "folder").mkdir()
+    inputs = {"base": "base.json", "head": "head.json", "allow_ambiguous": allow}
+    assert run_action(tmp_path, junit="", **inputs)[0] == 1
+    code, _, written = run_action(tmp_path, junit="folder", **inputs)
+    assert (code, written["GITHUB_OUTPUT"]) == (2, "verdict=unknown\n")
+
+
 def test_a_crash_is_not_called_slower(tmp_path: Path) -> None:
     benchmark_file(tmp_path / "base.json", 1.0)
     benchmark_file(tmp_path / "zero.json", 0.0)
     code, said, written = run_action(tmp_path, base="base.json", head="zero.json")
     assert (code, written["GITHUB_OUTPUT"]) == (2, "verdict=unknown\n")
-    assert "zero.json: bench/test_x.py::test_x has a median of 0.0" in said
+    assert "zero.json: bench/test_x.py::test_x has a time of 0.0" in said
     code, _, written = run_action(tmp_path, base="base.json", head="base.json", junit="base.json/x.xml")
     assert (code, written["GITHUB_OUTPUT"]) == (2, "verdict=unknown\n")
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 
 import hulukern
 from bench import baselines, report
-from bench.__main__ import COMMANDS
+from bench.__main__ import COMMANDS, main
 from bench.results import check, load_results, row, write_results
 from bench.timing import Timing, interleave, interleave_cuda, summarize
 from hulukern.pruning import RULES, prune_frames
@@ -158,6 +159,50 @@ def test_a_stage_goes_on_behind_a_lost_device(tmp_path: Path, monkeypatch: pytes
     assert device.run_ops(options, ["torch"], tmp_path / "device.json", log, 60.0) == {"exit_code": 0}
     assert ["--resume" in command for command in commands] == [False, True]
     assert "the device; --resume" in log.path.read_text()
+
+
+@pytest.mark.parametrize(("fresh", "code"), [(True, 1), (False, 0)])
+def test_what_a_stopped_stage_found_wrong_is_no_success(
+    fresh: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import device
+
+    def leave() -> None:
+        wrong = {"reasons": {"layer_norm/x/bfloat16/fwd": {"cpu": "wrong: off by 0.9"}}}
+        write_results(tmp_path / "device.json", [], [], suite="ops", roofline=[], **wrong)
+
+    def stopped(*_: object) -> tuple[str, int]:
+        if fresh:
+            leave()
+        return "stopped", 124
+
+    if not fresh:  # an earlier run's says nothing of this one
+        leave()
+        os.utime(tmp_path / "device.json", (0, 0))
+    monkeypatch.setattr(device, "capture", stopped)
+    assert main(["device", "--device", "cpu", "--stage", "ops", "--out", str(tmp_path)]) == code
+    said = capsys.readouterr().out
+    assert ("off by 0.9" in said) == fresh
+    assert ("of light" in said) == fresh
+    assert json.loads((tmp_path / "stages.json").read_text())["stopped"] == ["ops"]
+
+
+def test_an_interrupted_device_run_leaves_nothing_running(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "device", "--device", "cpu", "--stage", "ops", "--out", str(tmp_path)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline().endswith("ops\n")
+
+    def children() -> list[str]:
+        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        return [line for line in listed.splitlines() if "--suite ops" in line and str(tmp_path) in line]
+
+    deadline = time.monotonic() + 30
+    while not children() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 2
+    assert not children()
 
 
 def test_ncu_beside_the_pins_as_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,87 @@ def test_markdown_and_junit(tmp_path: Path) -> None:
     assert "SLOWER: head/base 1.300" in suite[0][0].attrib["message"]
 
 
+def pytest_benchmark(path: Path, *benchmarks: tuple[str, dict[str, object]]) -> Path:
+    stats = {"min": 1.0, "median": 1.0, "q1": 1.0, "q3": 1.0, "rounds": 20}
+    entries = [{"fullname": name, "stats": {**stats, **more}} for name, more in benchmarks]
+    path.write_text(json.dumps({"machine_info": {"machine": "m"}, "benchmarks": entries}))
+    return path
+
+
+def test_any_name_is_one_cell(tmp_path: Path) -> None:
+    name = "t.py::a[x|y`<img src=x>``\x1b]"
+    slower = {"min": 2.0, "median": 2.0, "q1": 2.0, "q3": 2.0}
+    base = pytest_benchmark(tmp_path / "b.json", (name, {}))
+    head = pytest_benchmark(tmp_path / "h.json", (name, slower))
+    assert (
+        main(["compare", str(base), str(head), "--markdown", str(tmp_path / "m"), "--junit", str(tmp_path / "j")]) == 1
+    )
+    (line,) = [line for line in (tmp_path / "m").read_text().splitlines() if "t.py" in line]
+    assert line.replace("\\|", "").count("|") == 5
+    assert line.startswith("| ``` t.py::a[x\\|y`<img src=x>``\N{REPLACEMENT CHARACTER}] ``` |")
+    assert ElementTree.parse(tmp_path / "j").getroot()[0].attrib["name"].startswith("t.py::a[x|y`")
+
+
+@pytest.mark.parametrize(("rounds", "code"), [(1, 2), (5, 2), (6, 1)])
+def test_few_samples_judge_nothing(rounds: int, code: int, tmp_path: Path) -> None:
+    slower = {"min": 2.0, "median": 2.0, "q1": 2.0, "q3": 2.0, "rounds": rounds}
+    base, head = (pytest_benchmark(tmp_path / f"{k}.json", ("t", more)) for k, more in enumerate(({}, slower)))
+    assert main(["compare", str(base), str(head)]) == code
+    for path, scale in ((base, 1.0), (head, 2.0)):
+        write_results(path, [row("a", "c", "f32", "fwd", "cpu", Timing(scale, scale, scale, rounds))], [])
+    assert main(["compare", str(base), str(head)]) == code
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "says"),
+    [
+        ([("t", {}), ("t", {})], "has t more than once"),
+        ([("t", {"data": [1.0, math.nan, 1.0, 1.0, 1.0]})], "has a time of nan"),
+        ([("t", {"data": [-1.0] * 9})], "has a time of -1.0"),
+        ([("t", {"data": ["1"] * 9})], "has a time of '1'"),
+        ([("t", {"median": 0.0})], "has a time of 0.0"),
+    ],
+)
+def test_what_are_no_times_is_refused(
+    benchmarks: list[tuple[str, dict[str, object]]], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = pytest_benchmark(tmp_path / "b.json", *benchmarks)
+    assert main(["compare", str(path), str(path)]) == 2
+    assert f"{path}: " in (error := capsys.readouterr().err)
+    assert says in error
+
+
+def test_what_the_head_no_longer_measures_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = pytest_benchmark(tmp_path / "b.json", ("kept", {}), ("lost", {}))
+    head = pytest_benchmark(tmp_path / "h.json", ("kept", {}))
+    assert main(["compare", str(base), str(head), "--markdown", str(tmp_path / "m")]) == 0
+    said = "easured at the base and not at the head: "
+    assert said + "lost" in capsys.readouterr().out
+    assert said + "`lost`" in (tmp_path / "m").read_text()
+
+
+def test_other_experiments_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, layers in ((tmp_path / "b.json", 2), (tmp_path / "h.json", 27)):
+        rows = [row("a", "c", "f32", "fwd", "cpu", Timing(1.0, 1.0, 1.0, 9))]
+        write_results(path, rows, [], suite="e2e", model={"encoder_layers": layers})
+    assert main(["compare", str(tmp_path / "b.json"), str(tmp_path / "h.json")]) == 2
+    assert "has model {'encoder_layers': 27}, expected {'encoder_layers': 2}" in capsys.readouterr().err
+
+
+def test_reports_go_through_links_and_into_pipes(tmp_path: Path) -> None:
+    base, target, link, pipe = (tmp_path / name for name in ("b.json", "target", "link", "pipe"))
+    own(base, 1.0)
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        assert main(["compare", str(base), str(base), "--markdown", str(link), "--junit", str(pipe)]) == 0
+        assert "<testsuite" in reader.communicate(timeout=60)[0]
+    assert link.is_symlink()
+    assert "Performance" in target.read_text()
+    assert pipe.is_fifo()
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = own(tmp_path / "base.json", 1.0)
     (tmp_path / "broken.json").write_text("{")

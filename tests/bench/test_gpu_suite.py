@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counters, gpu, models
+from bench.__main__ import main
 from bench.results import load_results
 from bench.roofline import Ceilings
 from bench.static import cuda_rows, pins, triton_rows
@@ -48,6 +49,11 @@ def test_rehearsal_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFix
     assert {m["op"].split(",")[0] for m in data["memory"]} >= {"encoder_bf16_2f", "train_step_bf16_2f", "first token"}
     assert data["profiles"]["encoder_bf16_2f/cpu"]
     assert "gain" in said
+    (tmp_path / "stages.json").write_text('{"stages": {}}')  # as a device run leaves it beside
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "first token, batch" in page
+    assert "of the matmul" in page
     assert "of the matmul's rate" in said
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 import shutil
@@ -12,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 import hulukern
 from bench import contenders, ops, report, roofline
 from bench.__main__ import main
-from bench.baselines import BASELINES
+from bench.baselines import BASELINES, compiled, eager
 from bench.results import load_results
 from hulukern.spec import Arguments
 from hulukern.testing import harness
@@ -100,6 +103,42 @@ def test_a_peer_that_computes_something_else_is_found() -> None:
     rows = contenders.measure(group, found, "cpu", 0.01, reasons)
     assert [r["impl"] for r in rows] == ["good"]
     assert all(reasons[name].startswith("wrong: before timing") for name in "ab"), reasons
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "spatial_merge", "rope_attention"])
+def test_the_careful_user_computes_the_same(name: str) -> None:
+    op = hulukern.OPS[name].spec
+    run = eager(op)
+    assert run is not None
+    for case in (c for c in op.cases if "empty" not in c.tags):
+        a = harness.sample(op, case, torch.float32, "cpu")
+        got, expected = (pytree.tree_leaves(x) for x in (run(a), harness.call(op, a, "reference")))
+        for x, y in zip(got, expected, strict=False):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-4, msg=lambda m, case=case: f"{case.name}: {m}")
+    assert eager(hulukern.OPS[f"{name}_backward"].spec) is None  # it would run the forward first
+
+
+def test_compiled_peers_can_be_differentiated_again_and_again() -> None:
+    x = torch.randn(8, requires_grad=True)
+    y = compiled(lambda x: (x.exp() * x.sin()).sum(), backend="aot_eager")(x)
+    for _ in range(2):
+        torch.autograd.grad(y, x, retain_graph=True)
+
+
+def test_a_busy_machine_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    delayed = itertools.count()
+
+    def seconds(call: Callable[[], Any], _: str) -> float:
+        call()
+        return 1.0 if next(delayed) < 9 else 1e-6
+
+    monkeypatch.setattr(contenders, "_seconds", seconds)
+    op = hulukern.OPS["layer_norm"].spec
+    group = contenders.Group("layer_norm", "n8192_e1152_residual", "bfloat16", "fwd")
+    reasons: dict[str, str] = {}
+    run = functools.partial(contenders._through, op, "cpu")
+    assert len(contenders.measure(group, [contenders.Contender("cpu", op, "fwd", run)], "cpu", 0.01, reasons)) == 1
+    assert reasons == {}
 
 
 def test_an_interrupted_run_is_whole_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def test_a_check_is_written_with_its_rows(tmp_path: Path) -> None:
     assert found["name"] == ONLY
     assert 0 < found["low"] <= found["value"] <= found["high"] < 2
     assert f"{found['value']:.2f}" in done.stdout
-    assert {r["impl"] for r in data["rows"]} == {"copy", "cpu", "torch"}
+    assert {r["impl"] for r in data["rows"]} == {"copy", "cpu"}
 
 
 def test_a_wrong_result_is_not_timed(

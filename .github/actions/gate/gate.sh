@@ -2,8 +2,8 @@
 # What the action runs, its inputs in the environment. Comparing files needs Python 3.11 and nothing else.
 set -uo pipefail
 summary=$(mktemp)
-case $JUNIT in /*) ;; *) JUNIT=$PWD/$JUNIT ;; esac
-options=(--threshold "$THRESHOLD" --markdown "$summary" --junit "$JUNIT")
+options=(--threshold "$THRESHOLD" --markdown "$summary")
+case $JUNIT in "") ;; /*) options+=(--junit "$JUNIT") ;; *) options+=(--junit "$PWD/$JUNIT") ;; esac
 if [ -n "$CHECKOUT" ]; then
   for op in $OPS; do options+=(--op "$op"); done
   if cd "$CHECKOUT" && make --silent build; then
