@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
+    except KeyboardInterrupt:
+        print(f"{options.command}: interrupted", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # a reader that had enough, as head
         sys.stderr.close()
         return 0

@@ -26,6 +26,7 @@ from model.sizing import resize_frames
 EXAMPLES = """examples:
   python -m model describe scan.nii.gz
   python -m model describe chest.nii.gz --window lung --axis coronal --out sheet.png
+  python -m model describe liver.nii.gz --window=-100:200
   python -m model describe echo.dcm --fps all --rule previous --rule bounded
   python -m model describe series_folder/ video.mp4 xray.dcm --json
 
@@ -72,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", action="append", choices=list(RULES), help="may be repeated (default: all)")
     parser.add_argument("--fps", type=_fps, default=1.0, help="frames per second of a clip, or all (default: 1)")
     parser.add_argument("--axis", choices=list(PLANES), help="plane of a volume (default: axial, or as acquired)")
-    parser.add_argument("--window", type=_window, metavar="NAME|LO:HI", help=f"{', '.join(WINDOWS)}, or LO:HI")
+    parser.add_argument(
+        "--window", type=_window, metavar="NAME|LO:HI", help=f"{', '.join(WINDOWS)}, or LO:HI; --window=-100:200"
+    )
     parser.add_argument("--released", action="store_true", help="read and resize as the released code does")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

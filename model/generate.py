@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   python -m model generate DIR --volume ct.nii.gz --window lung --rule bounded --prompt "Any nodules?"
   python -m model generate DIR --video echo.mp4 --no-pruning --prompt "Is the ejection fraction reduced?"
 
-exit codes: 0 done, 2 bad input or arguments
+exit codes: 0 done, 2 bad input or arguments, or interrupted
 """
 
 
@@ -80,7 +80,7 @@ def pruning_of(options: argparse.Namespace) -> dict[str, Any] | bool | None:
         return {"rule": "budget", "keep": options.keep}
     if not by_rule:
         return {"rule": "released"} if options.released else None
-    rule = {"rule": options.rule or "previous"}
+    rule = {"rule": options.rule or ("released" if options.released else "previous")}
     return rule if options.threshold is None else {**rule, "threshold": options.threshold}
 
 

@@ -44,9 +44,11 @@ HEAD = 352  # bytes that tell every kind: NIfTI's magic ends there
 def load_frames(path: str | Path, how: Reading | None = None, **options: Any) -> Clip:
     """Read any supported file, or a folder that holds a DICOM series or images of one size.
 
-    DICOM: single, multi-frame, colour, palette and compressed; rescale slope; the header's window or
-    min-max over the whole file; MONOCHROME1 inverted. NIfTI: see :func:`model.media.nifti.load`. Video:
-    see :func:`model.media.video.load`. Images: Pillow's, upright by EXIF.
+    DICOM: single, multi-frame, colour, palette and compressed; rescale slope; the header's lookup table or
+    window, or min-max over the whole file but for its padding; MONOCHROME1 inverted. A series is read whole or
+    refused; files beside it that are plainly something else are passed over. NIfTI: see
+    :func:`model.media.nifti.load`. Video: see :func:`model.media.video.load`. Images: PNG, JPEG, JPEG 2000,
+    BMP, TIFF, WebP, GIF, AVIF and PPM, upright by EXIF; animations are videos.
 
     Args:
         path: what it is, its content says; the name does not matter.
@@ -54,7 +56,8 @@ def load_frames(path: str | Path, how: Reading | None = None, **options: Any) ->
 
     Raises:
         ValueError: missing, empty, truncated or unknown file; no frames; frames of different sizes; NaN
-        or infinite values; a mixed series; a header that claims too much, a stream that inflates beyond it.
+        or infinite values; a mixed or incomplete series; a header that claims too much, a stream that
+        inflates beyond it.
     """
     path = Path(path)
     source = str(path)
@@ -64,8 +67,10 @@ def load_frames(path: str | Path, how: Reading | None = None, **options: Any) ->
             refuse(source, "nothing there", "a file or a folder")
         if path.is_dir():
             files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
-            series = [f for f in files if dicom.is_dicom(_head(f)) and f.name != "DICOMDIR"]
-            return dicom.load_series(path, series, how) if series else image.load_folder(path, files, how)
+            heads = {f: _head(f) for f in files}
+            if any(dicom.is_dicom(head) or f.suffix.lower() in dicom.SUFFIXES for f, head in heads.items()):
+                return dicom.load_series(path, [f for f in files if dicom.may_be_slice(f, heads[f])], how)
+            return image.load_folder(path, files, how)
         if not path.is_file():
             refuse(source, "no regular file", "a file or a folder")
         if path.stat().st_size == 0:
@@ -86,10 +91,12 @@ def _loader(path: Path) -> Any:
         return nifti.load
     if name.endswith((".dcm", ".dicom")):
         return dicom.load
-    if name.endswith(video.VIDEO_SUFFIXES) or video.is_video(head):
+    if video.container(head):
         return video.load
     if name.endswith(image.IMAGE_SUFFIXES) or _pillow_knows(path):
         return image.load
+    if name.endswith(video.VIDEO_SUFFIXES):
+        return video.load
     refuse(str(path), "an unknown type", "DICOM, NIfTI (.nii, .nii.gz), a video or an image")
 
 
@@ -107,7 +114,7 @@ def _pillow_knows(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as found:
-            return min(found.size) > 0  # Pillow also names formats that it cannot decode
+        with Image.open(path, formats=image.FORMATS) as found:
+            return min(found.size) > 0
     except Exception:
         return False

@@ -147,10 +147,16 @@ def extent(source: str, values: npt.NDArray[Any], window: Window | None) -> tupl
 
 def to_pixels(values: npt.NDArray[Any], lo: float, hi: float) -> Pixels:
     """lo..hi to 0..255, one scale for all of [T, ...]. Nothing but a constant: black."""
-    scale = np.float32(255 / (hi - lo) if hi > lo else 0)
-    out = np.empty(values.shape, np.uint8)
-    for t, frame in enumerate(values):  # one float32 frame at a time
-        scaled = np.rint((frame.astype(np.float32) - np.float32(lo)) * scale)
+    out = np.zeros(values.shape, np.uint8)
+    if not hi > lo:
+        return out
+    most = max(abs(float(x)) for x in (lo, hi, values.min(), values.max()))
+    single = most < 1e37 if values.dtype in (np.float16, np.float32) else most <= 1 << 24 and values.dtype.kind in "iu"
+    for t, frame in enumerate(values):  # one frame at a time, in float32 where that holds the values
+        if single:
+            scaled = np.rint((frame.astype(np.float32) - np.float32(lo)) * np.float32(255 / (hi - lo)))
+        else:  # halves: the whole of hi - lo may be beyond float64
+            scaled = np.rint((frame.astype(np.float64) / 2 - lo / 2) / (hi / 2 - lo / 2) * 255)
         out[t] = np.clip(scaled, 0, 255, out=scaled)
     return out
 

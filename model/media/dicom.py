@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from model.media.clip import (
     VIDEO,
     VOLUME,
     Clip,
+    Pixels,
     Reading,
     check_size,
     choose,
@@ -30,13 +33,33 @@ from model.media.clip import (
     to_int16,
     to_pixels,
 )
-from model.media.nifti import check_axis, slices
+from model.media.nifti import check_axis, reformat
 
-DECODERS = "python-gdcm"  # the package whose plugin decodes JPEG, lossless JPEG, JPEG 2000 and JPEG-LS
+DECODERS = "python-gdcm"  # the package whose plugin decodes lossless JPEG and JPEG-LS; Pillow does the others
+SUFFIXES = (".dcm", ".dicom", ".ima")
+SAME_TURN = 0.01  # by which direction cosines of parallel slices may differ
+UNEVEN = 0.2  # of a step: slices may be that much nearer or further than most, positions are rounded
+
+# Start of frame markers by transfer syntax: JPEG baseline to progressive, lossless, JPEG-LS.
+JPEG = "1.2.840.10008.1.2.4."
+FRAMES = {JPEG + "50": b"\xc0\xc1\xc2", JPEG + "51": b"\xc0\xc1\xc2", JPEG + "57": b"\xc3", JPEG + "70": b"\xc3"}
+JPEG_LS = b"\xf7"
+FRAMES |= {JPEG + "80": JPEG_LS, JPEG + "81": JPEG_LS}
+# The marker that ends a scan: what 0xFF is followed by inside one depends on how its data are stuffed.
+AFTER_SCAN, AFTER_LS_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]"), re.compile(rb"\xff[\x80-\xfe]")
+Coded = tuple[int, int, int, int]  # rows, columns, components and bits of a compressed frame
 
 
 def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM"
+
+
+def may_be_slice(path: Path, head: bytes) -> bool:
+    """Whether a file beside DICOM files is one too, perhaps broken: what no name and no text says otherwise."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    named = path.suffix[1:2].isalpha() or path.name in ("DICOMDIR", "LOCKFILE")
+    return is_dicom(head) if named else not head or b"\0" in head
 
 
 def load(path: Path, how: Reading) -> Clip:
@@ -46,22 +69,21 @@ def load(path: Path, how: Reading) -> Clip:
         check_axis(how.axis)
         data = _open(path)
         n = _check_header(source, data)
-        frames_info = [_Slice(data, k) for k in range(n)]
-        placed = n > 1 and all(s.position is not None for s in frames_info)
-        if placed and len({s.depth for s in frames_info}) == n:
-            order = np.array(sorted(range(n), key=lambda k: frames_info[k].depth))
-            return _volume(source, [frames_info[k] for k in order], how)
+        members = [_Slice(data, k) for k in range(n)]
+        if n > 1 and (placed := _in_order(source, members)):
+            return _volume(source, placed, how)
         times = _times(data, n)
         at = choose(n, times, how.fps, how.max_frames)
-        pixels = np.stack(list(_decode(source, data, at)))
-        if pixels.ndim == 4:
-            top = 255 if pixels.dtype == np.uint8 else (1 << int(data.BitsStored)) - 1
-            clip = Clip(to_pixels(pixels, 0, top), source, VIDEO, "DICOM")
+        pixels = list(_decode(source, data, at))
+        if pixels[0].ndim == 3:
+            top = 255 if pixels[0].dtype == np.uint8 else (1 << int(data.BitsStored)) - 1
+            clip = Clip(to_pixels(np.stack(pixels), 0, top), source, VIDEO, "DICOM")
         else:
-            values = _rescale(data, pixels, 0)
-            clip = _window(source, Clip(np.empty(0, np.uint8), source, VIDEO, "DICOM"), data, values, how)
+            values, ends = _stack(((data, int(k), one) for k, one in zip(at, pixels, strict=True)), len(at))
+            frames = _shown(source, data, ends, how)(values)
+            clip = Clip(frames, source, VIDEO, "DICOM", values=to_int16(values))
         chosen = None if times is None else tuple(times[k] - times[0] for k in at)
-        spacing = frames_info[0].spacing
+        spacing = members[0].spacing
         mm = None if spacing is None else (0.0, *spacing)
         return replace(clip, kind=IMAGE if n == 1 else VIDEO, times=chosen, spacing=mm)
 
@@ -69,25 +91,31 @@ def load(path: Path, how: Reading) -> Clip:
 def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
     """A folder's series, sorted by position along the slice normal, or by InstanceNumber without positions.
 
-    In the plane and orientation that it was acquired in, unless ``how.axis`` names one.
+    In the plane and orientation that it was acquired in, unless ``how.axis`` names one. Nothing is left out but what
+    says that it is no image: a report, a presentation state.
     """
     source = str(path)
     if len(files) > MAX_FRAMES:
         refuse(source, f"{len(files)} files", f"at most {MAX_FRAMES}")
-    found: dict[str, list[_Slice]] = {}
+    members: list[_Slice] = []
     check_axis(how.axis)
     for file in files:
         with reading(str(file), "a whole DICOM file with pixels"):
+            if file.stat().st_size == 0:
+                refuse(str(file), "0 bytes", "a slice of its series")
             data = _open(file, stop_before_pixels=True)
             if "Rows" in data:
-                found.setdefault(str(data.get("SeriesInstanceUID")), []).append(_Slice(data, 0, file))
-    if not found:
+                members.append(_Slice(data, 0, file))
+            elif not _no_image(data):
+                refuse(str(file), "no pixels", "a DICOM image, or another object that says which")
+    if not members:
         refuse(source, "no DICOM images", "a series of slices")
-    if len(found) > 1:
-        first, second = list(found)[:2]
-        more = f" and {len(found) - 2} more" if len(found) > 2 else ""
-        refuse(source, f"series {first} and {second}{more}", "one SeriesInstanceUID")
-    (members,) = found.values()
+    for keyword, many in (("SeriesInstanceUID", "series"), ("StudyInstanceUID", "studies"), ("PatientID", "patients")):
+        found = list(dict.fromkeys(str(one.data.get(keyword)) for one in members))
+        if len(found) > 1:
+            more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+            named = f"{many} {found[0]} and {found[1]}{more}"
+            refuse(source, f"{len(found)} patients" if many == "patients" else named, f"one {keyword}")
     if len(members) == 1 and members[0].file is not None:
         return load(members[0].file, how)
     for one in members:
@@ -96,14 +124,43 @@ def load_series(path: Path, files: Sequence[Path], how: Reading) -> Clip:
             refuse(str(one.file), f"{n} frames beside other files of its series", "one")
         if one.size != members[0].size:
             refuse(str(one.file), f"size {'x'.join(map(str, one.size))}", f"{'x'.join(map(str, members[0].size))}")
+    if (placed := _in_order(source, members)) is None:
+        numbers = [one.data.get("InstanceNumber") for one in members]
+        numbered = [one for one, number in zip(members, numbers, strict=True) if number is not None]
+        if 0 < len(numbered) < len(members):
+            missing = f"{len(members) - len(numbered)} of {len(members)} slices without position and InstanceNumber"
+            refuse(source, missing, "one of them in every slice")
+        placed = sorted(members, key=lambda one: int(one.data.InstanceNumber)) if numbered else members
+    return _volume(source, placed, how)
+
+
+def _no_image(data: Any) -> bool:
+    """A whole object of a class that has no pixels: a report, a presentation state, a directory."""
+    import pydicom
+
+    known = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
+    return known is not None and known in pydicom.uid.UID_dictionary and "Image Storage" not in known.name
+
+
+def _in_order(source: str, members: Sequence[_Slice]) -> list[_Slice] | None:
+    """Sorted by position along the slice normal; None where there are no positions, or one for all.
+
+    Refuses what is no volume: slices in several orientations, several at a position, some without any.
+    """
+    placed = sum(one.axes is not None and one.position is not None for one in members)
+    if 0 < placed < len(members):
+        came = f"{len(members) - placed} of {len(members)} slices without a position"
+        refuse(source, came, "ImagePositionPatient and ImageOrientationPatient in every slice")
+    turns: list[npt.NDArray[np.float64]] = []
+    for one in members:
+        if one.axes is not None and not any(np.abs(one.axes - turn).max() < SAME_TURN for turn in turns):
+            turns.append(one.axes)
+    if len(turns) > 1:
+        refuse(source, f"slices in {len(turns)} orientations", "one")
     positions = len({one.depth for one in members})
-    if positions == len(members):
-        members.sort(key=lambda one: one.depth)
-    elif positions > 1:  # phases or echoes under one UID: in no order are they one volume
+    if 1 < positions < len(members):  # phases or echoes under one UID: in no order are they one volume
         refuse(source, f"{len(members)} slices at {positions} positions", "one slice at each")
-    else:
-        members.sort(key=lambda one: int(one.data.get("InstanceNumber") or 0))
-    return _volume(source, members, how)
+    return sorted(members, key=lambda one: one.depth) if positions == len(members) else None
 
 
 class _Slice:
@@ -131,36 +188,58 @@ def _volume(source: str, members: Sequence[_Slice], how: Reading) -> Clip:
     at = np.arange(len(members)) if how.axis else thin(np.arange(len(members)), how.num_slices)
     height, width = members[0].size
     check_size(source, len(at), height, width, 1)
-    stack: npt.NDArray[Any] | None = None
-    for t, k in enumerate(at):
-        one = members[k]
-        name = source if one.file is None else str(one.file)
-        with reading(name, "a whole DICOM file with pixels"):
-            data = one.data if one.file is None else _open(one.file)
-            pixels = next(_decode(name, data, [one.frame]))
-            if pixels.ndim != 2:
-                refuse(name, "colour pixels", "gray slices of a volume")
-            values = _rescale(data, pixels, one.frame)
-            if stack is None:
-                stack = np.empty((len(at), *values.shape), values.dtype)
-            elif values.dtype.kind == "f" and stack.dtype.kind != "f":  # slopes may differ between slices
-                stack = stack.astype(values.dtype)
-            stack[t] = values
-    assert stack is not None
-    spacing = _spacing(members)
-    first, middle = members[0], members[at[len(at) // 2]].data
+
+    def parts() -> Iterator[tuple[Any, int, npt.NDArray[Any]]]:
+        for k in at:
+            one = members[k]
+            name = source if one.file is None else str(one.file)
+            with reading(name, "a whole DICOM file with pixels"):
+                data = one.data if one.file is None else _open(one.file)
+                pixels = next(_decode(name, data, [one.frame]))
+                if pixels.ndim != 2:
+                    refuse(name, "colour pixels", "gray slices of a volume")
+            yield data, one.frame, pixels
+
+    stack, ends = _stack(parts(), len(at))
+    spacing, plane = _spacing(members), _plane(members[0])
+    show = _shown(source, members[at[len(at) // 2]].data, ends, how)
     if how.axis is not None:
-        if first.position is None or first.axes is None or spacing is None or not spacing[0] > 0:
-            refuse(source, "slices without positions", "ImagePositionPatient in every slice for an axis")
-        how = replace(how, window=how.window or _header_window(middle))
-        clip = slices(source, stack.transpose(2, 1, 0), _affine(first, spacing), how.axis or "axial", how)
-        frames = 255 - clip.frames if middle.PhotometricInterpretation == "MONOCHROME1" else clip.frames
-        return replace(clip, frames=frames, form="DICOM")
-    step = float(np.diff(at).mean()) if len(at) > 1 else 1.0
-    if spacing is not None:
-        spacing = (spacing[0] * step, *spacing[1:])
-    empty = Clip(np.empty(0, np.uint8), source, VOLUME, "DICOM", spacing=spacing, plane=_plane(first))
-    return _window(source, empty, middle, stack, how)
+        affine, plane = _affine(source, members, spacing), how.axis
+        turned, at, spacing = reformat(source, stack.transpose(2, 1, 0), affine, plane, how.num_slices)
+        stack = np.ascontiguousarray(turned[at])
+    elif spacing is not None and len(at) > 1:
+        spacing = (spacing[0] * float(np.diff(at).mean()), *spacing[1:])
+    return Clip(show(stack), source, VOLUME, "DICOM", spacing=spacing, plane=plane, values=to_int16(stack))
+
+
+def _stack(
+    parts: Iterable[tuple[Any, int, npt.NDArray[Any]]], n: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """The values [n, H, W] of stored (data set, frame, pixels), and their minimum and maximum but for padding."""
+    stack: npt.NDArray[Any] | None = None
+    ends = []
+    for t, (data, frame, pixels) in enumerate(parts):
+        values = _rescale(data, pixels, frame)
+        if stack is None:
+            stack = np.empty((n, *values.shape), values.dtype)
+        elif values.dtype.kind == "f" and stack.dtype.kind != "f":  # slopes may differ between slices
+            stack = stack.astype(values.dtype)
+        stack[t] = values
+        if (scanned := _scanned(data, pixels, values)).size:
+            ends += [float(scanned.min()), float(scanned.max())]
+    assert stack is not None
+    return stack, np.array(ends or [0.0])
+
+
+def _scanned(data: Any, pixels: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values but for those of pixels that fill the image up around what was scanned."""
+    first = data.get("PixelPaddingValue")
+    if not isinstance(first, int) or pixels.dtype.kind not in "iu":
+        return values
+    last = data.get("PixelPaddingRangeLimit")
+    limits = np.array([first, first if last is None else int(last)])
+    lo, hi = sorted(limits.astype(pixels.dtype))  # some write a negative number as unsigned
+    return np.asarray(values[(pixels < lo) | (pixels > hi)])
 
 
 def _spacing(members: Sequence[_Slice]) -> tuple[float, float, float] | None:
@@ -177,25 +256,49 @@ def _plane(one: _Slice) -> str | None:
     return ("sagittal", "coronal", "axial")[int(np.abs(np.cross(one.axes[:3], one.axes[3:])).argmax())]
 
 
-def _affine(one: _Slice, spacing: tuple[float, float, float]) -> npt.NDArray[np.float64]:
+def _affine(
+    source: str, members: Sequence[_Slice], spacing: tuple[float, float, float] | None
+) -> npt.NDArray[np.float64]:
     """Of (column, row, slice) to mm right, anterior, superior; DICOM's axes are left, posterior, superior."""
-    assert one.axes is not None
-    assert one.position is not None
-    right, down = one.axes[:3], one.axes[3:]
+    first = members[0]
+    if first.position is None or first.axes is None or spacing is None or not spacing[0] > 0:
+        refuse(source, "slices without positions", "ImagePositionPatient in every slice for an axis")
+    steps = np.diff([one.depth for one in members])
+    if (np.abs(steps - spacing[0]) > UNEVEN * spacing[0]).any():
+        refuse(source, f"slices {steps.min():g} to {steps.max():g} mm apart", "even steps for an axis")
+    right, down = first.axes[:3], first.axes[3:]
     out = np.eye(4)
     out[:3, 0], out[:3, 1], out[:3, 2] = right * spacing[2], down * spacing[1], np.cross(right, down) * spacing[0]
-    out[:3, 3] = one.position
+    out[:3, 3] = first.position
     out[:2] *= -1
     return out
 
 
-def _window(source: str, clip: Clip, data: Any, values: npt.NDArray[Any], how: Reading) -> Clip:
-    """Gray values [T, H, W] as pixels: the window asked for, the header's first, or min-max over all."""
-    lo, hi = extent(source, values, how.window or _header_window(data))
-    frames = to_pixels(values, lo, hi)[..., None]
-    if data.PhotometricInterpretation == "MONOCHROME1":
-        np.subtract(255, frames, out=frames)
-    return replace(clip, frames=frames, values=to_int16(values))
+def _shown(source: str, data: Any, ends: npt.NDArray[np.float64], how: Reading) -> Callable[[npt.NDArray[Any]], Pixels]:
+    """From gray values [T, H, W] to pixels: by the window asked for, or the header's first lookup table or window, or
+    min-max over all."""
+    from pydicom.pixels import apply_voi
+
+    window = how.window or _header_window(data)
+    lo, hi = extent(source, ends, window)
+    table = how.window is None and data.get("VOILUTSequence")
+    sigmoid = _functional(data, 0, "FrameVOILUTSequence", "VOILUTFunction") == "SIGMOID" and how.window is None
+
+    def show(values: npt.NDArray[Any]) -> Pixels:
+        if table:
+            looked = apply_voi(values if values.dtype.kind in "iu" else np.rint(values).astype(np.int32), data)
+            frames = to_pixels(looked, 0, (1 << int(table[0].LUTDescriptor[2])) - 1)
+        elif sigmoid and window is not None:
+            frames = np.empty(values.shape, np.uint8)
+            for t, frame in enumerate(values):  # lo and hi are centre -+ width / 2
+                frames[t] = np.rint(127.5 + 127.5 * np.tanh((frame - (lo + hi) / 2) / (hi - lo) * 2))
+        else:
+            frames = to_pixels(values, lo, hi)
+        if data.PhotometricInterpretation == "MONOCHROME1" or data.get("PresentationLUTShape") == "INVERSE":
+            np.subtract(255, frames, out=frames)
+        return frames[..., None]
+
+    return show
 
 
 def _header_window(data: Any) -> tuple[float, float] | None:
@@ -251,22 +354,26 @@ def _check_deflated(path: Path) -> None:
 
 def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
     """The frames of these numbers, [H, W] or RGB [H, W, 3], one in memory at a time."""
-    from pydicom.pixels import apply_color_lut, get_decoder, iter_pixels
+    from pydicom.pixels import apply_color_lut, get_decoder
+    from pydicom.uid import JPEG2000TransferSyntaxes
 
     if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         refuse(source, "no pixels", "a DICOM image")
-    syntax = data.file_meta.TransferSyntaxUID
+    syntax, plugins = data.file_meta.TransferSyntaxUID, [""]
     if syntax.is_encapsulated:
         try:
-            able = get_decoder(syntax).is_available
+            decoder = get_decoder(syntax)
         except NotImplementedError:
             refuse(source, f"pixels compressed as {syntax.name}", "a transfer syntax of still images")
-        if not able:
+        if not decoder.is_available:
             refuse(source, f"pixels compressed as {syntax.name}", f"a decoder for them: pip install {DECODERS}")
+        # GDCM ends the process at some bad streams, Pillow never; but Pillow refuses some JPEG 2000 that others read.
+        plugins = sorted(decoder.available_plugins, reverse=True)[: 2 if syntax in JPEG2000TransferSyntaxes else 1]
         for k in at:
-            _check_coded_size(source, data, int(k))
+            _check_coded(source, data, int(k))
     palette = data.PhotometricInterpretation == "PALETTE COLOR"
-    for pixels in iter_pixels(data, indices=[int(k) for k in at]):  # YBR comes as RGB
+    for k in at:
+        pixels = _pixels(data, int(k), plugins)
         if palette:
             pixels = apply_color_lut(pixels, data)
             if pixels.max() > 255:  # some writers fill 16-bit tables with 8-bit values
@@ -275,31 +382,89 @@ def _decode(source: str, data: Any, at: Sequence[int] | npt.NDArray[np.int64]) -
         yield pixels
 
 
-def _check_coded_size(source: str, data: Any, frame: int) -> None:
-    """The size in a JPEG or JPEG 2000 stream is what its decoder allocates: it must be the header's."""
+def _pixels(data: Any, frame: int, plugins: Sequence[str]) -> npt.NDArray[Any]:
+    """By the first plugin that can; YBR comes as RGB."""
+    from pydicom.pixels import pixel_array
+
+    for plugin in plugins[:-1]:
+        with contextlib.suppress(RuntimeError):
+            return pixel_array(data, index=frame, decoding_plugin=plugin)
+    return pixel_array(data, index=frame, decoding_plugin=plugins[-1])
+
+
+def _check_coded(source: str, data: Any, frame: int) -> None:
+    """What a JPEG, JPEG-LS or JPEG 2000 stream says is what its decoder allocates: it must be what the header says, and
+    a stream that says nothing does not reach the decoder."""
     from pydicom.encaps import get_frame
+    from pydicom.uid import JPEG2000TransferSyntaxes
 
-    stream = get_frame(data.PixelData, frame, number_of_frames=int(data.get("NumberOfFrames") or 1))
-    size = _coded_size(stream)
-    if size is not None and size != (data.Rows, data.Columns):
-        refuse(source, f"pixels coded as {size[0]}x{size[1]}", f"{data.Rows}x{data.Columns} as in the header")
+    syntax = data.file_meta.TransferSyntaxUID
+    if syntax not in FRAMES and syntax not in JPEG2000TransferSyntaxes:
+        return
+    offsets = None
+    if "ExtendedOffsetTable" in data:
+        offsets = (data.ExtendedOffsetTable, data.get("ExtendedOffsetTableLengths", b""))
+    n = int(data.get("NumberOfFrames") or 1)
+    stream = get_frame(data.PixelData, frame, number_of_frames=n, extended_offsets=offsets)
+    coded = _coded(stream, FRAMES[syntax]) if syntax in FRAMES else _coded_2000(stream)
+    if coded is None:
+        refuse(source, f"frame {frame} that is no whole stream", syntax.name)
+    claimed = (int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1)), int(data.BitsAllocated))
+    # pydicom fits its buffer to the bits of JPEG-LS and JPEG 2000; others must fill the header's bytes.
+    narrow = coded[3] <= 8 < claimed[3] and syntax in FRAMES and FRAMES[syntax] != JPEG_LS
+    if coded[:3] != claimed[:3] or not 0 < coded[3] <= claimed[3] or narrow:
+        shown = "{}x{}x{} of {} bits"
+        refuse(source, f"pixels coded as {shown.format(*coded)}", f"{shown.format(*claimed)} as in the header")
 
 
-def _coded_size(stream: bytes) -> tuple[int, int] | None:
-    """(rows, columns) of a JPEG 2000 (SIZ), JPEG or JPEG-LS (start of frame) stream; None for others."""
-    if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) >= 24:
-        right, bottom, left, top = struct.unpack(">4I", stream[8:24])
-        return bottom - top, right - left
-    if stream[:2] != b"\xff\xd8":
-        return None
+def _coded(stream: bytes, frames: bytes) -> Coded | None:
+    """Of a JPEG or JPEG-LS stream: what its start of frame says, which must be one of ``frames``; None unless whole
+    segments and scans lead to its end."""
+    found: Coded | None = None
     i = 2
-    while i + 9 <= len(stream) and stream[i] == 0xFF:
-        marker, length = stream[i + 1], 2 + int.from_bytes(stream[i + 2 : i + 4])
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            rows, columns = struct.unpack(">2H", stream[i + 5 : i + 9])
-            return rows, columns
-        i += 1 if marker == 0xFF else length  # 0xFF: a fill byte
+    while stream[:2] == b"\xff\xd8" and i + 2 <= len(stream) and stream[i] == 0xFF:
+        marker, length = stream[i + 1], int.from_bytes(stream[i + 2 : i + 4])
+        if marker == 0xFF:  # a fill byte
+            i += 1
+            continue
+        if marker == 0xD9:
+            return found
+        if length < 2 or i + 2 + length > len(stream):
+            break
+        if marker == 0xEE and stream[i + 4 : i + 9] == b"Adobe" and stream[i + 15 : i + 16] not in (b"\0", b"\1"):
+            break  # neither RGB nor YCbCr: at that too GDCM ends the process
+        if marker in frames and found is None and length >= 8:
+            bits, rows, columns, components = struct.unpack(">B2HB", stream[i + 4 : i + 10])
+            if length != 8 + 3 * components:
+                break
+            found = (rows, columns, components, bits)
+        elif marker == 0xDA and found is not None:
+            after = (AFTER_LS_SCAN if frames == JPEG_LS else AFTER_SCAN).search(stream, i + 2 + length)
+            if after is None:  # no end of image, which decoders add
+                return found
+            i = after.start()
+            continue
+        elif marker not in (0xC4, 0xCC, 0xDB, 0xDD, 0xF8, 0xFE) and marker & 0xF0 != 0xE0:  # tables, texts
+            break
+        i += 2 + length
     return None
+
+
+def _coded_2000(stream: bytes) -> Coded | None:
+    """Of a JPEG 2000 stream, in boxes (JP2) or not: what its SIZ says."""
+    i = 0
+    while stream[4:8] == b"jP  " and stream[i + 4 : i + 8] != b"jp2c":
+        length = int.from_bytes(stream[i : i + 4])
+        if length < 8 or i + length > len(stream):
+            return None
+        i += length
+    i += 8 if i else 0
+    if stream[i : i + 4] != b"\xff\x4f\xff\x51" or len(stream) < i + 45:
+        return None
+    right, bottom, left, top = struct.unpack(">4I", stream[i + 8 : i + 24])
+    (components,) = struct.unpack(">H", stream[i + 40 : i + 42])
+    bits = [1 + (depth & 0x7F) for depth in stream[i + 42 : i + 42 + 3 * components : 3]]
+    return bottom - top, right - left, components, max(bits, default=0)
 
 
 def _rescale(data: Any, pixels: npt.NDArray[Any], frame: int) -> npt.NDArray[Any]:
@@ -323,23 +488,23 @@ def _times(data: Any, n: int) -> tuple[float, ...] | None:
         return None
     steps = data.get("FrameTimeVector")
     if steps is not None and len(steps) == n:
-        return tuple(float(t) for t in np.cumsum([float(ms) for ms in steps]) / 1000)
+        times = np.cumsum([float(ms) for ms in steps]) / 1000
+        if np.isfinite(times).all() and (np.diff(times) > 0).all():  # some leave it filled with zeros
+            return tuple(times.tolist())
     rate = data.get("CineRate") or data.get("RecommendedDisplayFrameRate")
     ms = float(data.get("FrameTime") or (1000 / float(rate) if rate else 0))
     return tuple(k * ms / 1000 for k in range(n)) if ms > 0 and math.isfinite(ms) else None
 
 
 def _functional(data: Any, frame: int, group: str, keyword: str) -> Any:
-    """An attribute of the image, or of a frame's or the shared functional groups of an enhanced one."""
-    if keyword in data:
-        return data[keyword].value
+    """An attribute of a frame's or the shared functional groups of an enhanced image, or of any image."""
     for where, k in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         groups = data.get(where)
         if groups and k < len(groups) and groups[k].get(group):
             value = groups[k][group][0].get(keyword)
             if value is not None:
                 return value
-    return None
+    return data.get(keyword)
 
 
 def _numbers(value: Any, n: int) -> npt.NDArray[np.float64] | None:

@@ -84,6 +84,17 @@ def slices(
 ) -> Clip:
     """Slices of values [i, j, k] whose affine leads to mm towards right, anterior, superior. ``values`` are as stored:
     only what is kept is scaled."""
+    stack, at, spacing = reformat(source, values, affine, plane, how.num_slices)
+    lo, hi = extent(source, scale.ends(stack), how.window)
+    chosen = scale(np.ascontiguousarray(stack[at]))
+    frames = to_pixels(chosen, lo, hi)[..., None]
+    return Clip(frames, source, VOLUME, "NIfTI", spacing=spacing, plane=plane, values=to_int16(chosen))
+
+
+def reformat(
+    source: str, values: npt.NDArray[Any], affine: npt.NDArray[Any], plane: str, most: int | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], tuple[float, float, float]]:
+    """All slices in this plane, a view; which of them to keep; the mm between those, rows and columns."""
     import nibabel
 
     orientation = nibabel.orientations.io_orientation(affine)
@@ -94,13 +105,9 @@ def slices(
     axes = PLANES[plane]
     stack = canonical.transpose(axes)
     stack = stack[:, ::-1, ::-1]  # rows from the top; columns from the patient's right, or front
-    lo, hi = extent(source, scale.ends(stack), how.window)
-    at = thin(np.arange(len(stack)), how.num_slices)
-    chosen = scale(np.ascontiguousarray(stack[at]))
+    at = thin(np.arange(len(stack)), most)
     step = float(np.diff(at).mean()) if len(at) > 1 else 1.0
-    spacing = (float(voxel_mm[axes[0]]) * step, float(voxel_mm[axes[1]]), float(voxel_mm[axes[2]]))
-    frames = to_pixels(chosen, lo, hi)[..., None]
-    return Clip(frames, source, VOLUME, "NIfTI", spacing=spacing, plane=plane, values=to_int16(chosen))
+    return stack, at, (float(voxel_mm[axes[0]]) * step, float(voxel_mm[axes[1]]), float(voxel_mm[axes[2]]))
 
 
 def _released(source: str, values: npt.NDArray[Any], scale: Scale, affine: npt.NDArray[Any], how: Reading) -> Clip:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
+import io
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,16 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from PIL import Image
-from writers import write_dicom, write_nifti, write_series, write_video
+from PIL import GifImagePlugin, Image
+from pydicom.dataset import Dataset
+from writers import (
+    write_dicom,
+    write_encapsulated,
+    write_enhanced,
+    write_nifti,
+    write_series,
+    write_video,
+)
 
 from model.media import Reading, dicom, from_memory, load_frames
 from model.media import clip as limits
@@ -129,7 +139,8 @@ REFUSALS = {
     "claims_frames": "100000", "claims_pixels": "claimed size", "nan": "NaN or infinite",
     "nan_in_window": "NaN or infinite", "infinite": "NaN or infinite",
     "flat": "2 dimensions", "truncated_nifti": "cannot be read", "text": "an unknown type", "bad_png": "cannot be read",
-    "bad_video": "cannot be read", "empty_folder": "no images", "mixed_sizes": "size 6x8", "missing": "nothing there",
+    "bad_video": "no container that is known", "empty_folder": "no images", "mixed_sizes": "size 6x8",
+    "missing": "nothing there",
 }  # fmt: skip
 
 
@@ -311,6 +322,92 @@ def test_two_phases_under_one_uid_are_no_volume(tmp_path: Path) -> None:
         load_frames(tmp_path)
 
 
+def edited(file: Path, **more: object) -> None:
+    """With attributes set, or gone where they are None."""
+    data = pydicom.dcmread(file)
+    for name, value in more.items():
+        if value is None:
+            del data[name]
+        else:
+            setattr(data, name, value)
+    data.save_as(file)
+
+
+def test_slices_in_several_orientations_are_no_volume(tmp_path: Path) -> None:
+    write_series(tmp_path, np.zeros((6, 4, 4), np.uint8))
+    for file, turn in zip(
+        sorted(tmp_path.iterdir()), 2 * ([1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1], None), strict=True
+    ):
+        if turn:
+            edited(file, ImageOrientationPatient=turn)
+    with pytest.raises(ValueError, match="has slices in 3 orientations, expected one"):
+        load_frames(tmp_path)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda f: f.write_bytes(b""), "has 0 bytes, expected a slice"),
+    "cut": (lambda f: f.write_bytes(f.read_bytes()[:200]), "has no pixels, expected a DICOM image"),
+    "overwritten": (lambda f: f.write_bytes(b"\0" * 300), "expected a"),
+    "unplaced": (lambda f: edited(f, ImagePositionPatient=None), "has 1 of 4 slices without a position"),
+    "unturned": (lambda f: edited(f, ImageOrientationPatient=None), "has 1 of 4 slices without a position"),
+    "study": (lambda f: edited(f, StudyInstanceUID="1.7"), r"has studies None and 1\.7|has studies 1\.7 and None"),
+    "patient": (lambda f: edited(f, PatientID="other"), "has 2 patients, expected one PatientID"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_no_slice_of_a_series_is_left_out_in_silence(kind: str, tmp_path: Path) -> None:
+    write_series(tmp_path, np.zeros((4, 4, 4), np.uint8))
+    breaks, message = BROKEN[kind]
+    breaks(tmp_path / "0_0")
+    with pytest.raises(ValueError, match=message):
+        load_frames(tmp_path)
+
+
+def test_a_slice_without_preamble_belongs_to_its_series_and_other_files_do_not(tmp_path: Path) -> None:
+    stack = np.arange(4, dtype=np.int16)[:, None, None] * np.ones((4, 4), np.int16)
+    bare = next(write_series(tmp_path, stack).glob("*_2"))
+    data = bare.read_bytes()
+    bare.write_bytes(data[144 + struct.unpack("<I", data[140:144])[0] :])
+    (tmp_path / "notes").write_text("first visit")
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "scan.bin").write_bytes(b"\0" * 500)
+    directory = write_dicom(tmp_path / "DICOMDIR", np.zeros((4, 4), np.uint8), SOPClassUID="1.2.840.10008.1.3.10")
+    edited(directory, Rows=None, Columns=None, PixelData=None)
+    write_dicom(tmp_path / "report", np.zeros((4, 4), np.uint8), SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
+    edited(tmp_path / "report", Rows=None, Columns=None, PixelData=None)
+    clip = load_frames(tmp_path)
+    assert clip.values is not None
+    assert clip.values[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_gap_is_refused_only_where_an_even_grid_is_needed(tmp_path: Path) -> None:
+    write_series(tmp_path, np.zeros((6, 4, 4), np.uint8))
+    next(tmp_path.glob("*_3")).unlink()
+    assert len(load_frames(tmp_path).frames) == 5
+    with pytest.raises(ValueError, match="has slices 2 to 4 mm apart, expected even steps for an axis"):
+        load_frames(tmp_path, axis="coronal")
+
+
+def test_some_slices_without_a_number_have_no_order(tmp_path: Path) -> None:
+    for k in range(3):
+        number = {} if k == 1 else {"InstanceNumber": k + 1}
+        write_dicom(tmp_path / str(k), np.full((4, 4), k, np.uint8), SeriesInstanceUID="1.2", **number)
+    with pytest.raises(ValueError, match="has 1 of 3 slices without position and InstanceNumber"):
+        load_frames(tmp_path)
+
+
+def test_frames_of_an_enhanced_image_are_rescaled_one_by_one(tmp_path: Path) -> None:
+    pixels, slopes = np.full((4, 4, 4), 10, np.int16), [1.0, 2.0, 3.0, 4.0]
+    for places in ([[0, 0, 2.0 * k] for k in range(4)], 4 * [[0, 0, 0]]):  # a volume, a clip
+        clip = load_frames(write_enhanced(tmp_path / "a.dcm", pixels, places, slopes))
+        assert clip.values is not None
+        assert clip.values[:, 0, 0, 0].tolist() == [10, 20, 30, 40]
+    phases = write_enhanced(tmp_path / "b.dcm", pixels, [[0, 0, 2.0 * (k % 2)] for k in range(4)], slopes)
+    with pytest.raises(ValueError, match=r"b\.dcm: has 4 slices at 2 positions, expected one slice at each"):
+        load_frames(phases)
+
+
 def test_two_series_in_a_folder_are_refused_by_name(tmp_path: Path) -> None:
     for uid in ("1.2.33", "1.2.44"):
         write_dicom(tmp_path / uid, np.zeros((4, 4), np.uint8), SeriesInstanceUID=uid)
@@ -362,6 +459,56 @@ def test_an_enhanced_multi_frame_file_is_a_volume_of_equal_slices_in_any_encodin
     plain = load_frames(files["emri_small.dcm"])
     for name in ("emri_small_RLE.dcm", "emri_small_jpeg_ls_lossless.dcm", "emri_small_jpeg_2k_lossless.dcm"):
         assert (load_frames(files[name]).frames == plain.frames).all()
+
+
+# --- how DICOM says that gray is shown ------------------------------------------------------------------------
+
+
+def test_padding_is_no_minimum(tmp_path: Path) -> None:
+    pixels = np.full((6, 6), -2000, np.int16)
+    pixels[1:5, 1:5] = np.arange(16).reshape(4, 4)
+    pixels[0, 0] = -1990
+    path = write_dicom(tmp_path / "a.dcm", pixels, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990)
+    shown = load_frames(path).frames[0, 1:5, 1:5, 0]
+    assert shown.ravel().tolist() == [17 * k for k in range(16)]
+    folder = write_series(tmp_path / "s", np.stack(2 * [pixels]), PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990)
+    for axis in (None, "axial"):
+        assert (load_frames(folder, axis=axis).frames[0, 1:5, 1:5, 0] == shown).all()
+
+
+def test_presentation_and_lookup_tables_and_sigmoid(tmp_path: Path) -> None:
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    plain = load_frames(write_dicom(tmp_path / "a.dcm", pixels)).frames
+    inverse = write_dicom(tmp_path / "b.dcm", pixels, PresentationLUTShape="INVERSE")
+    assert (load_frames(inverse).frames == 255 - plain).all()
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [16, 0, 8])
+    table.add_new("LUTData", "US", [10 * k for k in range(15, -1, -1)])
+    with_table = write_dicom(tmp_path / "c.dcm", pixels, VOILUTSequence=[table])
+    assert load_frames(with_table).frames.ravel().tolist() == [10 * k for k in range(15, -1, -1)]
+    assert (load_frames(with_table, window=(0.0, 15.0)).frames == plain).all()
+    sigmoid = {"WindowCenter": 8, "WindowWidth": 8, "VOILUTFunction": "SIGMOID"}
+    curve = np.rint(255 / (1 + np.exp(-4 * (pixels - 8.0) / 8)))
+    assert (load_frames(write_dicom(tmp_path / "d.dcm", pixels, **sigmoid)).frames[0, ..., 0] == curve).all()
+    folder = write_series(tmp_path / "s", np.stack(2 * [pixels]), **sigmoid)
+    assert (load_frames(folder, axis="axial").frames[..., 0] == curve).all()
+
+
+def test_frame_times_of_zero_are_none(tmp_path: Path) -> None:
+    pixels = np.zeros((5, 4, 4), np.uint8)
+    clip = load_frames(write_dicom(tmp_path / "a.dcm", pixels, FrameTimeVector=[0.0] * 5))
+    assert (len(clip.frames), clip.times) == (5, None)
+    timed = write_dicom(tmp_path / "b.dcm", pixels, FrameTimeVector=[0.0] * 5, FrameTime=500.0)
+    assert load_frames(timed).times == (0.0, 1.0, 2.0)
+
+
+def test_wide_numbers_keep_their_levels() -> None:
+    far = 2_000_000_000 + np.arange(256, dtype=np.int32).reshape(1, 16, 16)
+    assert limits.to_pixels(far, float(far.min()), float(far.max())).ravel().tolist() == list(range(256))
+    huge = np.array([[[-1.5e308, 0, 1.5e308]]])
+    assert limits.to_pixels(huge, -1.5e308, 1.5e308).ravel().tolist() == [0, 128, 255]
+    single = np.array([[[-3e38, 0, 3e38]]], np.float32)
+    assert limits.to_pixels(single, -3e38, 3e38).ravel().tolist() == [0, 128, 255]
 
 
 # --- video, folders, memory ---------------------------------------------------------------------------------
@@ -423,6 +570,110 @@ def test_an_animation_has_the_times_of_its_frames(tmp_path: Path) -> None:
     assert clip.times == (0.0, 1.0, 2.0)
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     assert load_frames(tmp_path / "a.tif").kind == "volume"
+
+
+def test_pages_and_folders_of_16_bits_have_one_scale(tmp_path: Path) -> None:
+    stack = (np.arange(4, dtype=np.uint16)[:, None, None] + 1) * np.linspace(0, 1000, 64).astype(np.uint16).reshape(
+        8, 8
+    )
+    pages = [Image.fromarray(page) for page in stack]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    (tmp_path / "f").mkdir()
+    for k, page in enumerate(pages):
+        page.save(tmp_path / "f" / f"{k}.png")
+    for clip in (load_frames(tmp_path / "a.tif"), load_frames(tmp_path / "f")):
+        assert clip.frames[:, -1, -1, 0].tolist() == [64, 128, 191, 255]
+        assert clip.values is not None
+        assert (clip.values[..., 0] == stack).all()
+    assert load_frames(tmp_path / "a.tif", window=(0.0, 1000.0)).frames[:, -1, -1, 0].tolist() == 4 * [255]
+    Image.new("L", (8, 8)).save(tmp_path / "f" / "4.png")
+    with pytest.raises(ValueError, match=r"4\.png: has 8 bits, expected more than 8 bits as 0\.png"):
+        load_frames(tmp_path / "f")
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "avif"])
+def test_animations_are_videos_with_times(form: str, tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (16, 16), (40 * k, 40 * k, 40 * k)) for k in range(6)]
+    pages[0].save(tmp_path / f"a.{form}", save_all=True, append_images=pages[1:], duration=500)
+    clip = load_frames((tmp_path / f"a.{form}").rename(tmp_path / "bare"))  # by content alone
+    assert (clip.kind, clip.times) == ("video", (0.0, 1.0, 2.0))
+    assert clip.frames[:, 8, 8, 0].tolist() == pytest.approx([0, 80, 160], abs=3)
+
+
+def test_an_animation_without_durations_keeps_its_frames(tmp_path: Path) -> None:
+    pages = [Image.new("L", (8, 4), 40 * k) for k in range(6)]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], duration=0)
+    clip = load_frames(tmp_path / "a.gif")
+    assert (clip.kind, len(clip.frames), clip.times) == ("video", 6, None)
+
+
+def test_the_first_picture_of_an_mpo_is_the_image(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", size, (200, 0, 0)) for size in ((16, 8), (4, 2))]
+    pages[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=pages[1:])
+    assert load_frames(tmp_path / "a.jpg").frames.shape == (1, 8, 16, 3)
+    assert load_frames(tmp_path / "a.jpg").kind == "image"
+
+
+def test_a_gif_is_bounded_before_it_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [Image.new("L", (64, 64), 40 * k) for k in range(6)]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], duration=500)
+    drawn: list[int] = []
+    advance = GifImagePlugin.GifImageFile.seek
+
+    def seek(self: GifImagePlugin.GifImageFile, k: int) -> None:
+        drawn.append(k)
+        advance(self, k)
+
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "seek", seek)
+    load_frames(tmp_path / "a.gif", max_frames=2)
+    assert [k for k in drawn if k > 0] == [1, 2, 3, 4, 5]  # once each
+    drawn.clear()
+    monkeypatch.setattr(limits, "MAX_PIXELS", 5 * 64 * 64 * 3)
+    with pytest.raises(ValueError, match="has a claimed size of 6 x 64 x 64 x 3"):
+        load_frames(tmp_path / "a.gif", max_frames=2)
+    assert not any(drawn)
+
+
+def test_a_turned_video_comes_upright(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "v.mp4", frames=4, rate=4).read_bytes()
+    at = whole.index(b"tkhd") + 44
+    quarter = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 32 << 16, 0, 1 << 30)  # as a phone held upright writes it
+    (tmp_path / "turned.mp4").write_bytes(whole[:at] + quarter + whole[at + 36 :])
+    plain, turned = (load_frames(tmp_path / f"{name}.mp4", fps=None).frames for name in ("v", "turned"))
+    assert turned.shape == (4, 48, 32, 3)
+    assert (turned == np.rot90(plain, -1, (1, 2))).all()  # clockwise
+
+
+@pytest.mark.parametrize("form", ["mp4", "avi", "mkv"])
+def test_between_key_frames_nothing_is_decoded(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    path = write_video(tmp_path / f"v.{form}", frames=60, rate=10, codec="mpeg4", g="1")
+    every = load_frames(path, fps=None).frames
+    decoded: list[object] = []
+
+    class Counted:
+        def __init__(self, file: object) -> None:
+            self.file = file
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+        def __enter__(self) -> Counted:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def decode(self, stream: object) -> object:
+            for frame in self.file.decode(stream):
+                decoded.append(frame)
+                yield frame
+
+    opened = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: Counted(opened(*args, **options)))
+    assert (load_frames(path, fps=1.0).frames == every[::10]).all()
+    assert len(decoded) < 12
 
 
 def test_memory_inputs() -> None:
@@ -512,3 +763,65 @@ def test_bombs_cost_no_memory(kind: str, message: str, tmp_path: Path, monkeypat
         tracemalloc.stop()
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+PLAYLISTS = {
+    "concat": "ffconcat version 1.0\nfile v.mp4\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\nv.mp4\n#EXT-X-ENDLIST\n",
+    "eps": "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n",
+}
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "png", "bin"])
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_a_file_leads_to_no_other_and_runs_nothing(kind: str, suffix: str, tmp_path: Path) -> None:
+    write_video(tmp_path / "v.mp4", frames=4, rate=4)
+    path = tmp_path / f"list.{suffix}"
+    path.write_text(PLAYLISTS[kind])
+    with pytest.raises(ValueError, match=r"no container that is known|UnidentifiedImageError|an unknown type"):
+        load_frames(path)
+
+
+LOSSLESS, BASELINE, LS = (
+    "JPGLosslessP14SV1_1s_1f_8b.dcm",
+    "color3d_jpeg_baseline.dcm",
+    "emri_small_jpeg_ls_lossless.dcm",
+)
+CORRUPT = {  # file, what to find in its first stream, bytes from there on, what they become
+    "no marker": (LOSSLESS, b"\xff\xd8", 2, b"\x9f"), "restart": (LOSSLESS, b"\xff\xd8", 3, b"\xd0"),
+    "bits": (LOSSLESS, b"\xff\xc3", 4, b"\x0c"), "components": (LOSSLESS, b"\xff\xc3", 9, b"\x03"),
+    "other frame": (LOSSLESS, b"\xff\xc3", 1, b"\xc1"), "table": (LOSSLESS, b"\xff\xc4", 0, b"\x5d"),
+    "scan": (LOSSLESS, b"\xff\xda", 400, b"\xff\x56"), "baseline": (BASELINE, b"\xff\xd8", 2, b"\x9f"),
+    "baseline bits": (BASELINE, b"\xff\xc0", 4, b"\x0c"), "LS bits": (LS, b"\xff\xf7", 4, b"\x9b"),
+    "colours": ("SC_rgb_jpeg_gdcm.dcm", b"Adobe", 11, b"\2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CORRUPT)
+def test_a_corrupt_stream_reaches_no_decoder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the process."""
+    name, found, offset, value = CORRUPT[kind]
+    file = next((f.locate() for f in importlib.metadata.files("pydicom-data") or [] if f.name == name), None)
+    data = bytearray(Path(str(file or pydicom.data.get_testdata_file(name, download=False))).read_bytes())
+    place = data.index(found, data.index(b"\xff\xd8\xff")) + offset
+    data[place : place + len(value)] = value
+    (tmp_path / "a.dcm").write_bytes(data)
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(pydicom.pixels, "iter_pixels", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"has frame 0 that is no whole stream, expected JPEG|has pixels coded as"):
+        load_frames(tmp_path / "a.dcm")
+
+
+def test_a_coded_size_inside_boxes_is_checked(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8), 77).save(stream, "JPEG2000", no_jp2=False)
+    syntax = pydicom.uid.JPEG2000Lossless
+    assert load_frames(write_encapsulated(tmp_path / "a.dcm", stream.getvalue(), syntax)).values is not None
+    data = bytearray(stream.getvalue())
+    place = data.index(b"\xff\x4f\xff\x51")
+    data[place + 8 : place + 16] = data[place + 24 : place + 32] = struct.pack(">2I", 30_000, 30_000)
+    with pytest.raises(ValueError, match="has pixels coded as 30000x30000x1 of 8 bits, expected 8x8x1 of 8 bits"):
+        load_frames(write_encapsulated(tmp_path / "b.dcm", bytes(data), syntax))
+    for broken in (stream.getvalue()[:60], b"hello" * 20):
+        with pytest.raises(ValueError, match="has frame 0 that is no whole stream, expected JPEG 2000"):
+            load_frames(write_encapsulated(tmp_path / "c.dcm", broken, syntax))

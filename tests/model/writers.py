@@ -7,7 +7,9 @@ from pathlib import Path
 import av
 import nibabel
 import numpy as np
-from pydicom.dataset import FileDataset, FileMetaDataset
+import pydicom
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 
@@ -29,6 +31,29 @@ def write_dicom(path: Path, pixels: np.ndarray, **more: object) -> Path:
         setattr(data, name, value)
     data.save_as(path, enforce_file_format=True)
     return path
+
+
+def write_encapsulated(path: Path, stream: bytes, syntax: str, size: tuple[int, int] = (8, 8)) -> Path:
+    """One gray 8-bit frame, compressed as ``stream``."""
+    data = pydicom.dcmread(write_dicom(path, np.zeros(size, np.uint8)))
+    data.file_meta.TransferSyntaxUID = syntax
+    data.PixelData = encapsulate([stream])
+    data["PixelData"].VR = "OB"
+    data.save_as(path)
+    return path
+
+
+def write_enhanced(path: Path, pixels: np.ndarray, positions: list[list[float]], slopes: list[float]) -> Path:
+    """A multi-frame image whose axial frames have a position and a rescale slope each."""
+    groups = []
+    for position, slope in zip(positions, slopes, strict=True):
+        group, place, turn, rescale = Dataset(), Dataset(), Dataset(), Dataset()
+        place.ImagePositionPatient, turn.ImageOrientationPatient = position, [1, 0, 0, 0, 1, 0]
+        rescale.RescaleSlope, rescale.RescaleIntercept = slope, 0
+        group.PlanePositionSequence, group.PlaneOrientationSequence = [place], [turn]
+        group.PixelValueTransformationSequence = [rescale]
+        groups.append(group)
+    return write_dicom(path, pixels, PerFrameFunctionalGroupsSequence=groups)
 
 
 def write_series(folder: Path, stack: np.ndarray, **more: object) -> Path:
