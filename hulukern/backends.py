@@ -46,6 +46,25 @@ def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose products autocast would round: fp32 inside is what it promises."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        device = next(x.device.type for x in arguments if isinstance(x, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return run
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels are interpreted."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def simulating() -> bool:
     """Whether the CUDA backend is to run on the host."""
     return os.environ.get("HULUKERN_SIM") == "1"
@@ -84,7 +103,7 @@ def unavailable(backend: str) -> str:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        if not torch.cuda.is_available() and not interpreting():
             return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
         return ""
     if backend == "cuda":
@@ -105,7 +124,7 @@ def runs_on(backend: str, device_type: str) -> bool:
     take CPU tensors)."""
     if backend == "reference":
         return True
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    if backend == "triton" and interpreting():
         return True
     if backend == "cuda" and simulating():
         return device_type == "cpu"

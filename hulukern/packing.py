@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hulukern.ops.common import GridTHW, flat_grid_thw
-from hulukern.validation import require
+from hulukern.validation import integer, require
 
 
 def grid_positions(
@@ -25,13 +25,13 @@ def grid_positions(
     """
     op = "grid_positions"
     require(axes in ("hw", "thw"), op, "axes", f"value {axes!r}", "'hw' or 'thw'")
-    parts = [torch.empty(0, len(axes), dtype=torch.int32)]
+    parts = [_count(0)[:, None].expand(0, len(axes))]
     for (t, h, w), m in zip(*_grids(op, grid_thw, merge_size), strict=True):
-        blocks = torch.arange(h * w, dtype=torch.int32).view(h // m, m, w // m, m).transpose(1, 2).flatten()
+        blocks = _count(h * w).view(h // m, m, w // m, m).transpose(1, 2).flatten()
         blocks = blocks.repeat(t)
         columns = [blocks // max(w, 1), blocks % max(w, 1)]
         if axes == "thw":
-            columns.insert(0, torch.arange(t, dtype=torch.int32).repeat_interleave(h * w))
+            columns.insert(0, _count(t).repeat_interleave(h * w))
         parts.append(torch.stack(columns, 1))
     return torch.cat(parts).to(device, non_blocking=True)
 
@@ -40,13 +40,22 @@ def grid_cu_seqlens(grid_thw: GridTHW, *, device: torch.device | str = "cpu") ->
     """``[S+1]`` int32: every frame of every grid is a sequence of h * w patches."""
     grids, _ = _grids("grid_cu_seqlens", grid_thw, 1)
     lengths = [0] + [h * w for t, h, w in grids for _ in range(t)]
-    return torch.tensor(lengths).cumsum(0).int().to(device, non_blocking=True)
+    return torch.tensor(lengths, device="cpu").cumsum(0).int().to(device, non_blocking=True)
+
+
+def _count(n: int) -> torch.Tensor:
+    """0 to n - 1 on the host, whatever the default device."""
+    return torch.arange(n, dtype=torch.int32, device="cpu")
 
 
 def _grids(op: str, grid_thw: GridTHW, merge_size: int | Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
     flat = flat_grid_thw(op, grid_thw)
     grids = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
-    merges = [merge_size] * len(grids) if isinstance(merge_size, int) else [int(m) for m in merge_size]
+    try:
+        each = list(merge_size)  # type: ignore[arg-type]
+    except TypeError:
+        each = [merge_size] * len(grids)  # type: ignore[list-item]
+    merges = [integer(op, "merge_size", m) for m in each]
     require(len(merges) == len(grids), op, "merge_size", f"{len(merges)} values", f"one for each of {len(grids)} grids")
     for i, ((t, h, w), m) in enumerate(zip(grids, merges, strict=True)):
         require(m >= 1, op, "merge_size", f"value {m}", "at least 1")

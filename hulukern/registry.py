@@ -19,11 +19,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from hulukern.backends import BackendUnavailable, choose, on_the_host, runs_on, simulating, unavailable
+from hulukern.backends import (
+    BackendUnavailable,
+    choose,
+    interpreting,
+    on_the_host,
+    runs_on,
+    simulating,
+    unavailable,
+    without_autocast,
+)
 from hulukern.spec import Op
 from hulukern.tuning import autotuned
-from hulukern.validation import check_arguments, fail
+from hulukern.validation import OPTION, check_arguments, dtype_name, fail
 
 LIBRARY = torch.library.Library("hulukern", "FRAGMENT")
 
@@ -64,6 +74,8 @@ class RegisteredOp:
             raise BackendUnavailable(f"{self.spec.name}: backend {name!r} cannot run: {reason}")
         module, _, attribute = self.spec.backends[name].partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
+        if name == "reference":
+            function = without_autocast(function)
         if name == "cuda" and simulating():
             function = on_the_host(function)
         if name == "triton" and os.environ.get("HULUKERN_AUTOTUNE") == "1":
@@ -86,9 +98,33 @@ class RegisteredOp:
         if self.spec.check is not None:
             self.spec.check(named, letters)
 
+    def check_backend(self, name: str, arguments: Sequence[Any]) -> None:
+        """Raise on what the spec allows and this backend does not take."""
+        named = dict(zip(self._names, arguments, strict=True))
+        if self.spec.check_backend is not None:
+            self.spec.check_backend(name, named)
+        if name == "triton" and self.spec.uninterpreted and interpreting():
+            dtype = named[self.spec.dtype_of].dtype
+            reason = self.spec.uninterpreted.get(dtype)
+            if reason:
+                raise BackendUnavailable(f"{self.spec.name}: backend 'triton' cannot run {dtype_name(dtype)}: {reason}")
+
+    def typed(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments with options of the schema's own types, numpy's numbers as Python's; raises on what is none."""
+        kinds, names = (*self.spec.argument_types, "str"), (*self._names, "backend")
+        return tuple(
+            OPTION[kind.rstrip("?")](self.spec.name, name, value)
+            if kind.rstrip("?") in OPTION and not (value is None and kind.endswith("?"))
+            else value
+            for kind, name, value in zip(kinds, names, arguments, strict=True)
+        )
+
     def resolved(self, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
         """What ran the like of this call before, if anything did; the backend is named last."""
-        return self._resolved.get(self._signature(arguments))
+        try:
+            return self._resolved.get(self._signature(arguments))
+        except TypeError:  # an option that has no hash: the schema refuses it
+            return None
 
     def __call__(self, *arguments: Any) -> Any:
         """The eager kernel behind the dispatcher: check, then run the backend named last."""
@@ -101,7 +137,10 @@ class RegisteredOp:
         if function is None:
             inputs = arguments[:-1]
             self.check(inputs)
-            function = self.backend(arguments[-1], _device_type(inputs))
+            device_type = _device_type(inputs)
+            name = arguments[-1] or choose(self.spec.name, tuple(self.spec.backends), device_type)
+            function = self.backend(name, device_type)
+            self.check_backend(name, inputs)
             if len(self._resolved) >= _SEEN_LIMIT:
                 self._resolved.clear()
             self._resolved[signature] = function
@@ -111,16 +150,19 @@ class RegisteredOp:
 def _signature_of(spec: Op) -> Callable[[tuple[Any, ...]], Any]:
     """A function from a call's arguments to what decides validity and backend, as one hashable tuple.
 
-    Written out per op, as namedtuple does, since a generic loop over the arguments costs 4 us.
+    Written out per op, as namedtuple does, since a generic loop over the arguments costs 4 us. Numbers go with
+    their type: 2.0 equals 2, and is refused where an int must be.
     """
     tensors = {t.name: t for t in spec.tensors}
     parts = []
-    for i, name in enumerate(spec.argument_names):
+    for i, (kind, name) in enumerate(zip(spec.argument_types, spec.argument_names, strict=True)):
         tensor = tensors.get(name)
         if tensor is None:
-            parts.append(f"tuple(a[{i}])" if f"[] {name}" in spec.schema else f"a[{i}]")
-            if f"[]? {name}" in spec.schema:
-                parts[-1] = f"a[{i}] and tuple(a[{i}])"
+            if "[]" in kind:
+                optional = f"None if a[{i}] is None else " if kind.endswith("?") else ""
+                parts.append(f"{optional}tuple(a[{i}])")
+            else:
+                parts.append(f"a[{i}]" if kind in ("str", "ScalarType") else f"type(a[{i}]), a[{i}]")
         elif tensor.many:
             parts.append(f"tuple([(x.shape, x.dtype, x.device) for x in a[{i}]])")
         elif tensor.optional:
@@ -135,46 +177,61 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _is_plain_of(spec: Op) -> Callable[[tuple[Any, ...]], bool]:
-    """Whether a call's tensors are plain ones, none of which wants a gradient. Written out as above."""
+    """Whether a call's tensors are plain ones, none of which wants a gradient. Written out as above.
+
+    A negated view (``z.conj().imag``) is no plain one: its values are resolved by the dispatcher.
+    """
     tensors = {t.name: t for t in spec.tensors}
-    parts = []
+    parts, wanting = [], []
     for i, name in enumerate(spec.argument_names):
         if name not in tensors:
             continue
-        floats = any(dtype.is_floating_point for dtype in tensors[name].dtypes)
-        wants_grad = " and not (grad() and {}.requires_grad)" if floats else ""
-        if tensors[name].many:
-            parts.append(f"all([type(x) in plain{wants_grad.format('x')} for x in a[{i}]])")
-        else:
-            optional = f"a[{i}] is None or " if tensors[name].optional else ""
-            parts.append(f"({optional}type(a[{i}]) in plain{wants_grad.format(f'a[{i}]')})")
+        tensor = tensors[name]
+        floats = any(dtype.is_floating_point for dtype in tensor.dtypes)
+        x = "x" if tensor.many else f"a[{i}]"
+        one, wants = f"type({x}) in plain" + f" and not {x}.is_neg()" * floats, f"{x}.requires_grad"
+        if tensor.many:
+            one, wants = f"all([{one} for x in a[{i}]])", f"any([{wants} for x in a[{i}]])"
+        elif tensor.optional:
+            one, wants = f"({x} is None or {one})", f"{x} is not None and {wants}"
+        parts.append(one)
+        wanting += [wants] * floats
+    if wanting:
+        parts.append(f"not (grad() and ({' or '.join(wanting)}))")
     names = {"plain": _PLAIN, "grad": torch.is_grad_enabled}
     is_plain: Callable[[tuple[Any, ...]], bool] = eval(f"lambda a: {' and '.join(parts)}", names)
     return is_plain
 
 
-def _watchers() -> tuple[Callable[[], Any], ...] | None:
-    """Functions that are all falsy when nobody watches the dispatcher; None if this torch lacks one."""
+def _unwatched_by() -> Callable[[], bool]:
+    """Whether nobody watches the dispatcher and nothing carries a tangent; never where this torch cannot say."""
     try:
-        return (
-            torch._C._len_torch_dispatch_stack,
-            torch._C._len_torch_function_stack,
-            torch._C._functorch.peek_interpreter_stack,
-            torch._C._get_tracing_state,
-            torch._C._autograd._profiler_enabled,
-        )
+        modes, overrides = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+        functorch, tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+        profiler = torch._C._autograd._profiler_enabled
     except AttributeError:
-        return None
+        return lambda: False
+    return lambda: (
+        not (modes() or overrides() or functorch() or tracing() or profiler() or forward_ad._current_level >= 0)
+    )
 
 
-_WATCHERS = _watchers()
+_unwatched = _unwatched_by()
 
 
-def _unwatched() -> bool:
-    if _WATCHERS is None:
-        return False
-    dispatch, function, functorch, tracing, profiler = _WATCHERS
-    return not (dispatch() or function() or functorch() or tracing() or profiler())
+def _refuse_tangents(spec: Op, arguments: Sequence[Any]) -> None:
+    """torch's autograd of a registered op drops tangents without a word, which would be a derivative of zero."""
+    for name, value in zip(spec.argument_names, arguments, strict=False):
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_tangent(x):
+                expected = "none: forward-mode derivatives are not written"
+                fail(spec.name, name, "a tangent", expected, NotImplementedError)
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(x):  # vmap has no rule for the question
+        x = torch._C._functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _device_type(arguments: Sequence[Any]) -> str:
@@ -220,11 +277,20 @@ def register(
             function = op.resolved(arguments)
             if function is not None:
                 return function(*arguments[:-1])
+        elif forward_ad._current_level >= 0:
+            _refuse_tangents(spec, arguments)
         try:
             return overload(*arguments)
         except RuntimeError as error:
-            if "Expected a value of type" in str(error):  # torch's schema check comes before ours
-                op.check(arguments[:-1])
+            if "Expected a value of type" not in str(error):
+                raise
+        # torch's schema check comes before ours, names no argument, and knows no numpy.
+        arguments = op.typed(arguments)
+        op.check(arguments[:-1])
+        try:
+            return overload(*arguments)
+        except RuntimeError as error:
+            if "Expected a value of type" in str(error):
                 fail(spec.name, "arguments", str(error).splitlines()[0], f"{spec.schema}", TypeError)
             raise
 

@@ -84,6 +84,7 @@ class Op:
     differentiable: the arguments with a gradient.
     uninterpreted: dtypes that Triton's interpreter computes wrongly for this op's kernels, with the reason.
     backends: what implements it, as ``module:function`` inside the op's package, or a reason.
+    check_backend: raises on what a backend, given by name, takes less of than the others.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Op:
     plain: Callable[..., Any] | None = None
     differentiable: tuple[str, ...] = ()
     check: Callable[[Arguments, dict[str, int]], None] | None = None
+    check_backend: Callable[[str, Arguments], None] | None = None
     bad_calls: tuple[BadCall, ...] = ()
 
     @property
@@ -124,9 +126,14 @@ class Op:
 
     @property
     def argument_names(self) -> tuple[str, ...]:
+        return tuple(name for _, name in self._typed_names)
+
+    @property
+    def argument_types(self) -> tuple[str, ...]:
+        """As the schema spells them: ``Tensor?``, ``float[]``."""
+        return tuple(kind for kind, _ in self._typed_names)
+
+    @property
+    def _typed_names(self) -> list[list[str]]:
         inside = self.schema[1 : self.schema.index(") ->")]
-        return tuple(part.split("=")[0].split()[-1] for part in _split(inside))
-
-
-def _split(arguments: str) -> list[str]:
-    return [part.strip() for part in arguments.split(",") if part.strip()]
+        return [part.split("=")[0].split() for part in inside.split(",") if part.strip()]

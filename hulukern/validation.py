@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -22,6 +23,44 @@ def fail(op: str, argument: str, came: str, expected: str, error: type[Exception
 def require(condition: bool, op: str, argument: str, came: str, expected: str) -> None:
     if not condition:
         fail(op, argument, came, expected)
+
+
+def came(value: Any) -> str:
+    """What came, in one line: a number or text as it is, the type of anything else."""
+    return f"value {value!r}" if isinstance(value, (str, int, float)) else f"type {type(value).__name__}"
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    """An int of whatever library; a symbolic one stays symbolic, and 2.0 is none."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # torch's tensors raise either
+        fail(op, name, came(value), "an int", TypeError)
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """A float of whatever library; text is none."""
+    if isinstance(value, torch.SymFloat):
+        return value  # type: ignore[return-value]
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch's tensors of several values raise the last
+        pass
+    fail(op, name, came(value), "a number", TypeError)
+
+
+def _one_of(kind: type) -> Callable[[str, str, Any], Any]:
+    def same(op: str, name: str, value: Any) -> Any:
+        return value if isinstance(value, kind) else fail(op, name, came(value), f"a {kind.__name__}", TypeError)
+
+    return same
+
+
+# What an option of a schema's type must be.
+OPTION = {"int": integer, "SymInt": integer, "float": number, "bool": _one_of(bool), "str": _one_of(str)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

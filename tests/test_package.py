@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hulukern
@@ -177,6 +179,110 @@ def test_whoever_watches_the_dispatcher_sees_every_call() -> None:
     assert hulukern.patch_embed(patches, weight).requires_grad
 
 
+def test_a_negated_view_is_resolved_at_every_call() -> None:
+    x, bias = torch.randn(4, 16), torch.randn(16)
+    negated = torch._neg_view(x)  # as z.conj().imag, but dense: nothing copies it on the way
+    expected = hulukern.bias_gelu(-x, bias)
+    for _ in range(3):
+        assert torch.equal(hulukern.bias_gelu(negated, bias), expected)
+
+
+def _forward_ad(f, x: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+    with forward_ad.dual_level():
+        f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        _forward_ad,
+        lambda f, x: _forward_ad(f, x.requires_grad_()),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: torch.func.jvp(torch.vmap(f), (x[None],), (x[None],)),
+        lambda f, x: torch.func.jacfwd(f)(x),
+    ],
+    ids=["dual", "dual_with_grad", "jvp", "jvp_of_vmap", "jacfwd"],
+)
+def test_tangents_are_refused_instead_of_dropped(derive) -> None:  # type: ignore[no-untyped-def]
+    x, other = torch.randn(4, 16), torch.randn(4, 16)
+    hulukern.bias_gelu(x)
+    with pytest.raises(NotImplementedError, match="bias_gelu: x has a tangent, expected none: forward-mode"):
+        derive(hulukern.bias_gelu, x)
+    with forward_ad.dual_level():
+        hulukern.bias_gelu(other)  # carries none
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["rope_attention", "rope_attention_backward", "patch_embed", "patch_embed_frames"])
+def test_autocast_changes_no_result(name: str, backend: str) -> None:
+    spec = hulukern.OPS[name].spec
+    arguments = harness.sample(spec, spec.cases[0], torch.float32, "cpu")
+
+    def results() -> list[torch.Tensor]:
+        found = harness.call(spec, arguments, backend)
+        leaves = [arguments[n].requires_grad_() for n in ("weight", "bias") if n in arguments]
+        if not leaves:
+            return list(found)
+        y = harness.call(spec, arguments, backend)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results()
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("name", ["rope_attention", "rope_attention_backward", "patch_embed", "patch_embed_frames"])
+def test_what_the_interpreter_computes_wrongly_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = hulukern.OPS[name]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(op.implementations, "triton", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(op, "_resolved", {})
+    arguments = harness.sample(op.spec, op.spec.cases[0], torch.bfloat16, "cpu")
+    with pytest.raises(hulukern.BackendUnavailable, match=f"{name}: backend 'triton' cannot run bfloat16: Triton's"):
+        harness.call(op.spec, arguments, "triton")
+
+
+@pytest.mark.parametrize(("backend", "D"), [("triton", 48), ("cuda", 48), ("cpu", 260)])
+@pytest.mark.parametrize("name", ["rope_attention", "rope_attention_rotate"])
+def test_head_dims_that_a_backend_lacks_are_named(
+    name: str, backend: str, D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = hulukern.OPS[name]
+    monkeypatch.setattr(op, "backend", lambda *_: pytest.fail)  # whatever can run here
+    monkeypatch.setattr(op, "_resolved", {})
+    x, positions = torch.zeros(3, 1, D), torch.zeros(3, 2, dtype=torch.int32)
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    arguments = (x, positions) if name.endswith("rotate") else (x, x, x, positions, ends)
+    with pytest.raises(ValueError, match=rf"{name}: [qx] has D={D}, expected .* for backend '{backend}'"):
+        getattr(hulukern, name)(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize("merge_size", [np.int64(2), np.int32(2)])
+def test_numbers_of_numpy_are_taken(merge_size: int) -> None:
+    x = torch.randn(8, 12)
+    for _ in range(2):
+        assert torch.equal(hulukern.spatial_merge(x, merge_size=merge_size), hulukern.spatial_merge(x))
+        scores = hulukern.token_score(x, [(2, 2, 2)], merge_size=merge_size, threshold=np.float32(1))  # type: ignore[arg-type]
+        assert torch.equal(scores, hulukern.token_score(x, [(2, 2, 2)], threshold=1))
+
+
+def test_what_equals_a_seen_option_is_still_refused() -> None:
+    x, frames = torch.randn(8, 12), torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
+    for _ in range(2):
+        hulukern.spatial_merge(x, merge_size=2)
+        with pytest.raises(TypeError, match=r"spatial_merge: merge_size has value 2\.0, expected an int"):
+            hulukern.spatial_merge(x, merge_size=2.0)  # type: ignore[arg-type]
+        hulukern.patch_embed_frames(frames, torch.zeros(1, 588), patch_size=14, merge_size=1)
+        with pytest.raises(TypeError, match=r"patch_embed_frames: patch_size has value 14\.0, expected an int"):
+            hulukern.patch_embed_frames(frames, torch.zeros(1, 588), patch_size=14.0, merge_size=1)  # type: ignore[arg-type]
+
+
+def test_rows_of_no_values_keep_their_shape() -> None:
+    assert hulukern.bias_gelu(torch.randn(2, 4, 0)).shape == (2, 4, 0)
+
+
 def test_new_values_under_the_same_shapes_are_still_checked() -> None:
     keep = torch.tensor([0, 2])
     rows = torch.randn(3, 2)
@@ -257,6 +363,55 @@ def test_second_derivatives_are_refused_instead_of_wrong() -> None:
 def test_what_is_no_tensor_or_no_number_is_named(call, says: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises((ValueError, TypeError), match=re.escape(says)):
         call()
+
+
+_ROWS, _ONES, _MASK = torch.ones(8, 12), torch.ones(12), torch.ones(8, dtype=torch.bool)
+_FRAMES, _CT = torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.zeros(2, 28, 28, 1, dtype=torch.int16)
+_HEADS, _AT, _ENDS = torch.ones(8, 1, 64), torch.zeros(8, 2, dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32)
+_CONV, _HALF = torch.ones(5, 3, 2, 2), [0.5] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options", "says"),
+    [
+        ("patch_embed", (_ROWS.byte(), _ROWS), {"mean": 0.5, "std": 0.5}, "mean has value 0.5, expected numbers, one"),
+        ("patch_embed", (_ROWS.byte(), _ROWS), {"mean": [], "std": []}, "mean has values (), expected 1 finite"),
+        ("patch_embed", (_ROWS.byte(), _CONV), {"mean": _HALF, "std": _HALF}, "mean has values (0.5, 0.5), expected 3"),
+        ("patch_embed", (_ROWS, _ROWS), {"mean": 0.5, "std": 0.5}, "mean has value 0.5, expected numbers, one"),
+        ("patch_embed_normalize", (_ROWS.byte(),), {"mean": None}, "mean, std has value None, expected numbers"),
+        ("patch_embed_normalize", (_ROWS.byte(),), {"mean": ["x"]}, "mean has value 'x', expected a number"),
+        ("patch_embed_frames", (_FRAMES, _ROWS), {"mean": []}, "weight has shape [8, 12]"),
+        ("patch_embed_cut", (_FRAMES,), {"mean": []}, "mean has values (), expected 3 finite"),
+        ("patch_embed_cut", (_CT,), {"window": 5}, "window has value 5, expected (lo, hi)"),
+        ("patch_embed_cut", (_FRAMES,), {"with_scores": "x"}, "with_scores has value 'x', expected a bool"),
+        ("patch_embed_cut", (_FRAMES,), {"dtype": "float32"}, "dtype has value 'float32', expected float32, bfloat16"),
+        ("fold_normalization", (_ROWS, None), {"mean": 0.5}, "mean has value 0.5, expected numbers, one per channel"),
+        ("fold_normalization", (_CONV, None), {"mean": _HALF}, "mean has 2 values, expected one per channel of weight"),
+        ("layer_norm", (_ROWS, _ONES, _ONES), {"eps": "x"}, "eps has value 'x', expected a number"),
+        ("layer_norm", (torch.ones(2, 4, 0), _ONES[:0], _ONES[:0]), {}, "x has E=0, expected at least 1 value a row"),
+        ("bias_gelu", (_ROWS,), {"approximate": ["tanh"]}, "approximate has type list, expected a str"),
+        ("bias_gelu", (_ROWS,), {"backend": 3}, "backend has value 3, expected a str"),
+        ("spatial_merge", (_ROWS,), {"merge_size": "x"}, "merge_size has value 'x', expected an int"),
+        ("spatial_merge", (_ROWS,), {"merge_size": [2]}, "merge_size has type list, expected an int"),
+        ("token_score", (_ROWS, [(2, 2, 2)]), {"threshold": "x"}, "threshold has value 'x', expected a number"),
+        ("token_score", (_ROWS, [(2, 2, 2)]), {"merge_size": 2.9}, "merge_size has value 2.9, expected an int"),
+        ("token_score_frames", (_CT,), {"windows": 5}, "windows has value 5, expected rows (lo, hi)"),
+        ("token_score_frames", (_CT,), {"windows": (0, 5)}, "windows has value 0, expected rows (lo, hi)"),
+        ("token_score_frames", (_CT,), {"windows": [(0, float("inf"))]}, "windows has value inf, expected a whole"),
+        ("token_compact", (_MASK, [_ROWS, _ROWS]), {}, "tensors[0] has type list, expected a torch.Tensor"),
+        ("token_compact", (_MASK, torch.tensor(1.0)), {}, "tensors[0] has shape [], expected [N, ...]"),
+        ("token_compact", (None,), {}, "keep has type NoneType, expected a torch.Tensor"),
+        ("token_compact", (_MASK, _ROWS), {"fill": 5}, "fill has value 5, expected numbers, one per tensor"),
+        ("token_compact", (_MASK, _ROWS), {"bound": 2.5}, "bound has value 2.5, expected an int"),
+        ("rope_attention", (_HEADS,) * 3 + (_AT, _ENDS), {"sections": 18}, "sections has value 18, expected pair"),
+        ("rope_attention", (_HEADS,) * 3 + (_AT, _ENDS), {"theta": "x"}, "theta has value 'x', expected a number"),
+        ("rope_attention", (_HEADS[..., :0],) * 3 + (_AT, _ENDS), {}, "q has D=0, expected at least 2"),
+        ("rope_attention_rotate", (_HEADS[..., :0], _AT), {}, "x has D=0, expected at least 2"),
+    ],
+)
+def test_common_mistakes_are_named(name: str, arguments, options, says: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises((ValueError, TypeError), match=re.escape(f"{name}: {says}")):
+        getattr(hulukern, name)(*arguments, **options)
 
 
 def test_one_dimension_is_one_row() -> None:

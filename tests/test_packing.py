@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,25 @@ def test_frames_count_from_zero_in_every_grid() -> None:
     assert positions.shape == (28, 3)
     assert positions[:, 0].tolist() == [0] * 8 + [1] * 8 + [0] * 4 + [1] * 4 + [2] * 4
     assert positions[:8, 1:].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("merge", [np.int64(2), [np.int32(2)], np.array([2]), torch.tensor([2])])
+def test_merge_sizes_of_any_library(merge: object) -> None:
+    assert torch.equal(grid_positions([(1, 4, 2)], merge), grid_positions([(1, 4, 2)], 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("merge", [2.0, 2.9, [2.9], "2", None])
+def test_merge_sizes_that_are_no_int_are_refused(merge: object) -> None:
+    with pytest.raises(TypeError, match=r"grid_positions: merge_size has .*, expected an int"):
+        grid_positions([(1, 4, 2)], merge)  # type: ignore[arg-type]
+
+
+def test_the_default_device_changes_nothing() -> None:
+    grid = torch.tensor([[2, 4, 2]])
+    expected = grid_positions(grid, 2, axes="thw"), grid_cu_seqlens(grid)
+    with torch.device("meta"):
+        got = grid_positions(grid, 2, axes="thw"), grid_cu_seqlens(grid)
+    assert all(map(torch.equal, got, expected))
 
 
 def test_nothing_packed() -> None:

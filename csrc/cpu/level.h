@@ -29,24 +29,25 @@ int check_cpu_level(const char* op);
   namespace hk::avx512_bf16 {          \
   int function(const Args&);           \
   }
-#define HK_DISPATCH_CPU(function, args)                                           \
-  (hk::cpu_level() >= hk::CpuLevel::avx512_bf16 ? hk::avx512_bf16::function(args) \
-   : hk::cpu_level() == hk::CpuLevel::avx512    ? hk::avx512::function(args)      \
-   : hk::cpu_level() == hk::CpuLevel::avx2      ? hk::avx2::function(args)        \
-                                                : hk::baseline::function(args))
+#define HK_DISPATCH_CPU(function, args)                                                                     \
+  hk::with_memory(#function, hk::cpu_level() >= hk::CpuLevel::avx512_bf16 ? hk::avx512_bf16::function(args) \
+                             : hk::cpu_level() == hk::CpuLevel::avx512    ? hk::avx512::function(args)      \
+                             : hk::cpu_level() == hk::CpuLevel::avx2      ? hk::avx2::function(args)        \
+                                                                          : hk::baseline::function(args))
 #define HK_DECLARE_CPU_PRODUCTS(function, Args) \
   HK_DECLARE_CPU(function, Args)                \
   namespace hk::amx {                           \
   int function(const Args&);                    \
   }
-#define HK_DISPATCH_CPU_PRODUCTS(function, args) \
-  (hk::cpu_level() == hk::CpuLevel::amx ? hk::amx::function(args) : HK_DISPATCH_CPU(function, args))
+#define HK_DISPATCH_CPU_PRODUCTS(function, args)                                              \
+  (hk::cpu_level() == hk::CpuLevel::amx ? hk::with_memory(#function, hk::amx::function(args)) \
+                                        : HK_DISPATCH_CPU(function, args))
 #else
 #define HK_DECLARE_CPU(function, Args) \
   namespace hk::baseline {             \
   int function(const Args&);           \
   }
-#define HK_DISPATCH_CPU(function, args) (hk::baseline::function(args))
+#define HK_DISPATCH_CPU(function, args) hk::with_memory(#function, hk::baseline::function(args))
 #define HK_DECLARE_CPU_PRODUCTS HK_DECLARE_CPU
 #define HK_DISPATCH_CPU_PRODUCTS HK_DISPATCH_CPU
 #endif

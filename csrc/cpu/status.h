@@ -9,6 +9,12 @@ namespace hk {
 // Stores the printf-formatted text for hk_last_error() and returns `code`.
 __attribute__((format(printf, 2, 3))) int fail(hk_status code, const char* format, ...);
 
+// A kernel that could allocate no scratch says so by its status alone.
+inline int with_memory(const char* op, int status) {
+  return status == HK_OUT_OF_MEMORY ? fail(HK_OUT_OF_MEMORY, "%s: has no memory for its scratch, expected some", op)
+                                    : status;
+}
+
 const char* dtype_name(int32_t dtype);
 int64_t dtype_size(int32_t dtype);
 

@@ -274,7 +274,8 @@ HK_INLINE f32x16 exp2(f32x16 x) {
     y = multiply_add(rest, y, splat(0.6931471825f));
     y = multiply_add(rest, y, splat(1.0f));
   }
-  return floats_of(bits_of(y) + (bits_of(shifted) << 23));
+  y = floats_of(bits_of(y) + (bits_of(shifted) << 23));
+  return degree == 3 ? y : multiply_add(x, splat(0.0f), y);  // of a NaN with a payload the sum is none
 }
 
 // [E] of any float dtype to fp32.

@@ -10,7 +10,7 @@ import torch
 
 from hulukern.backends import on_simulator
 from hulukern.spec import Arguments
-from hulukern.validation import dtype_name, fail
+from hulukern.validation import came, dtype_name, fail, number
 
 GridTHW = torch.Tensor | Sequence[Sequence[int]]
 
@@ -48,12 +48,30 @@ def divided(x: torch.Tensor, by: float) -> torch.Tensor:
 def whole(op: str, name: str, value: Any) -> int:
     """A whole number, of whatever type; 2.9 is refused instead of becoming 2."""
     try:
-        number = int(value)
-    except (TypeError, ValueError):
-        fail(op, name, f"value {value!r}", "a whole number", TypeError)
-    if number != value:
-        fail(op, name, f"value {value!r}", "a whole number")
-    return number
+        found = int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        fail(op, name, came(value), "a whole number", TypeError)
+    if found != value:
+        fail(op, name, came(value), "a whole number")
+    return found
+
+
+def listed(op: str, name: str, values: Any, expected: str) -> list[Any]:
+    """What is given one by one; ``expected`` says what that is."""
+    try:
+        return list(values)
+    except TypeError:
+        fail(op, name, came(values), expected, TypeError)
+
+
+def per_channel(op: str, name: str, values: Any) -> list[float] | None:
+    """mean or std as numbers; None is none."""
+    if values is None:
+        return None
+    try:
+        return [float(v) for v in values]
+    except (TypeError, ValueError, RuntimeError):  # which one is no number, without a check of each in every call
+        return [number(op, name, v) for v in listed(op, name, values, "numbers, one per channel")]
 
 
 def check_grid(op: str, grid_thw: Sequence[int], merge_size: int, n_patches: int) -> None:
@@ -94,7 +112,7 @@ def as_rows(op: str, name: str, x: torch.Tensor) -> torch.Tensor:
         fail(op, name, f"type {type(x).__name__}", "a torch.Tensor", TypeError)
     if x.dim() < 1:
         fail(op, name, "0 dimensions", "[..., E]")
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def rows_dense(x: torch.Tensor, inner: int) -> torch.Tensor:

@@ -22,6 +22,9 @@ constexpr float kLog2e = 1.44269504f, kSqrt2OverPi = 0.797884561f, kCubic = 0.04
 constexpr float kLinearExponent = -2.0f * kSqrt2OverPi * kLog2e;  // of 2 in exp(-2 z), by u and u^3
 constexpr float kCubicExponent = kLinearExponent * kCubic;
 
+// Beyond it GELU is u or 0 and its slope 1 or 0, in fp32 too, while powers of u overflow.
+constexpr float kFar = 40.0f;
+
 constexpr int64_t kAhead = 512;  // values
 
 // To 1e-4 where the result is rounded to bf16, 4e-3.
@@ -57,11 +60,12 @@ HK_INLINE f32x16 gelu(f32x16 u) {
     f32x16 bell;
     return u * normal_cdf<T>(u, &bell);
   }
-  return u * reciprocal<!kRounds<T>>(1.0f + exp_minus_2z<T>(u, u * u));
+  return larger(splat(-kFar), u) * reciprocal<!kRounds<T>>(1.0f + exp_minus_2z<T>(u, u * u));
 }
 
 template <class T, bool erf>
 HK_INLINE f32x16 slope(f32x16 u) {
+  u = smaller(splat(kFar), larger(splat(-kFar), u));
   if (erf) {
     f32x16 bell;
     const f32x16 below = normal_cdf<T>(u, &bell);

@@ -47,11 +47,12 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_forward_f32(const
     for (int i = 0; i < kSlots; ++i) out[i] *= shrink;
     add_rows(out, p, walk.v, first, count, head, D);
   }
+  // 0 without keys; a NaN must stay one.
   float* to = walk.out + own.row * walk.out_row + head * walk.out_head;
 #pragma unroll
   for (int i = 0; i < kSlots; ++i)
-    if (i * kWarpSize + lane < D) store_value(to + i * kWarpSize + lane, sum > 0 ? out[i] / sum : 0.0f);
-  if (lane == 0) store_value(walk.lse + head * walk.Nq + own.row, sum > 0 ? maximum + logf(sum) : -kInfinity);
+    if (i * kWarpSize + lane < D) store_value(to + i * kWarpSize + lane, sum == 0 ? 0.0f : out[i] / sum);
+  if (lane == 0) store_value(walk.lse + head * walk.Nq + own.row, sum == 0 ? -kInfinity : maximum + logf(sum));
 }
 
 }  // namespace hk

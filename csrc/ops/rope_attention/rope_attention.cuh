@@ -159,11 +159,11 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_forward(const Att
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float total = warp_reduce<Add, 4>(sum[i][h]);
-      inverse[h] = total > 0 ? reciprocal_fast(total) : 0.0f;
+      inverse[h] = total == 0 ? 0.0f : reciprocal_fast(total);  // 0 without keys; a NaN must stay one
       const int of = row + lane / 4 + 8 * h;
       if (t == 0 && of < tile.rows)
         store_value(walk.lse + head * walk.Nq + tile.first + of,
-                    total > 0 ? fmaf(maximum[i][h], walk.scale, log2_fast(total) * 0.693147181f) : -kInfinity);
+                    total == 0 ? -kInfinity : fmaf(maximum[i][h], walk.scale, log2_fast(total) * 0.693147181f));
     }
     put_rows<kDtype, kD>(shared, row, out[i], inverse[0], inverse[1]);
     warp_barrier();

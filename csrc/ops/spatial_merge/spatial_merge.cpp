@@ -108,9 +108,11 @@ extern "C" int hk_spatial_merge_backward(const hk_exec* exec, const hk_tensor* g
     args.weight_dtype = weight->dtype;
     args.B = sums[0];
   }
+  // None kept is not all kept, though the data of an empty tensor is null.
+  static const int64_t none = 0;
   args.grad = grad->data;
   args.x = x->data;
-  args.keep = keep ? static_cast<const int64_t*>(keep->data) : nullptr;
+  args.keep = keep == nullptr ? nullptr : keep->shape[0] == 0 ? &none : static_cast<const int64_t*>(keep->data);
   args.grad_x = grad_x->data;
   args.dtype = x->dtype;
   args.cells = x->shape[0] / args.area;

@@ -86,7 +86,10 @@ int spatial_merge_backward_cuda(const SpatialMergeBackwardArgs& args, void* stre
   with_row_kernel(args.dtype, alignment.packs(), 0, [&](auto dtype, auto bytes, auto) {
     constexpr int kDtype = decltype(dtype)::value, kBytes = decltype(bytes)::value;
     walk.packs = static_cast<int32_t>(args.E * size / kBytes);
-    if (args.keep != nullptr) launch<zero_cells_left_out<kBytes>>(grid_of(args.K + 1), kMergeThreads, 0, stream, walk);
+    // Few kept of many leave long gaps.
+    if (args.keep != nullptr)
+      launch<zero_cells_left_out<kBytes>>(grid_of(args.K + 1, ceil_div(kZeroBlocks, args.K + 1)), kMergeThreads, 0,
+                                          stream, walk);
     if (blocks == 0) return;
     const dim3 grid = grid_of(blocks);
     if (walk.packs <= kMergeThreads) {

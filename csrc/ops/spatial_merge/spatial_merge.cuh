@@ -101,6 +101,7 @@ struct SpatialMergeBackwardWalk {
 };
 
 constexpr int kMergeWarps = 8, kMergeThreads = 32 * kMergeWarps;
+constexpr int64_t kZeroBlocks = 1056;  // 8 a multiprocessor
 
 // kSlots: packs a thread adds up columns for; 0: none, and spatial_merge_columns does.
 template <int kDtype, int kBytes, int kSlots>
@@ -191,13 +192,13 @@ __global__ void __launch_bounds__(kMergeThreads) spatial_merge_columns(const Spa
   store_value(to + walk.E + e, of_bias);
 }
 
-// Block i: zeros for the rows of the cells between kept cells i - 1 and i.
+// Blocks (i, *): zeros for the rows of the cells between kept cells i - 1 and i.
 template <int kBytes>
 __global__ void __launch_bounds__(kMergeThreads) zero_cells_left_out(const SpatialMergeBackwardWalk walk) {
   const int i = blockIdx.x;
   const int64_t begin = (i == 0 ? 0 : load_value(walk.keep + i - 1) + 1) * walk.area;
   const int64_t end = (i == walk.K ? walk.cells : load_value(walk.keep + i)) * walk.area;
-  for (int64_t row = begin; row < end; ++row)
+  for (int64_t row = begin + blockIdx.y; row < end; row += gridDim.y)
     for (int p = threadIdx.x; p < walk.packs; p += kMergeThreads)
       store_pack<kBytes>(walk.grad_x + row * walk.grad_x_row + static_cast<int64_t>(p) * kBytes, zero_pack<kBytes>());
 }

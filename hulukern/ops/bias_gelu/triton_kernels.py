@@ -89,6 +89,8 @@ def bias_gelu_backward_kernel(
         b_grad = tl.load(grad + b_row * stride_grad * UNIT + b_col, mask=m, other=0).to(tl.float32)
         u = tl.load(x + b_row * stride_x * UNIT + b_col, mask=m, other=0).to(tl.float32) + b_bias
         if TANH:
+            # Beyond 40 the slope is 1 or 0, while powers of u overflow. NaN stays.
+            u = tl.where(u < -40.0, -40.0, tl.where(u > 40.0, 40.0, u))
             s = _sigmoid_of_tanh_form(u)
             slope = s + u * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * u * u))
         else:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hulukern.ops.common import whole
+from hulukern.backends import without_autocast
+from hulukern.ops.common import listed, per_channel, whole
 from hulukern.ops.patch_embed.spec import PATCH_EMBED, PATCH_EMBED_CUT, PATCH_EMBED_FRAMES, PATCH_EMBED_NORMALIZE
 from hulukern.registry import register
 from hulukern.validation import fail
@@ -67,6 +68,7 @@ def _setup_embed(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(patches, weight)
 
 
+@without_autocast
 def _backward_embed(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     patches, weight = ctx.saved_tensors
     channels, mean, std, backend = ctx.options
@@ -83,6 +85,7 @@ def _setup_frames(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
+@without_autocast
 def _backward_frames(ctx: Any, grad: torch.Tensor, _grad_scores: Any) -> tuple[Any, ...]:
     frames, weight = ctx.saved_tensors
     patch_size, merge_size, mean, std, window, _, backend = ctx.options
@@ -113,7 +116,8 @@ def patch_embed(
         bias: ``[E]``, the weight's dtype.
         mean, std: per channel, in units of 0..1: uint8 pixels become (u8 / 255 - mean) / std in fp32,
             rounded to the weight's dtype. Without them uint8 pixels enter as 0..255, for weights that
-            :func:`fold_normalization` has prepared. Not allowed with float patches.
+            :func:`fold_normalization` has prepared. Not allowed with float patches. As many as a
+            convolution's C; of ``[E, L]`` their number is C.
         backend: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``; None chooses by device.
 
     Returns:
@@ -126,10 +130,12 @@ def patch_embed(
 
     Source: Hulu-Med's ``embeddings.patch_embedding``, a Conv2d whose stride is its kernel.
     """
-    if mean is not None and isinstance(patches, torch.Tensor) and patches.is_floating_point():
-        fail("patch_embed", "mean", f"value {tuple(mean)}", "None for float patches, which are normalised already")
-    channels = len(mean) if mean is not None else 1
-    return _embed_op(patches, _rows_of(weight), bias, channels, _floats(mean), _floats(std), backend or "")
+    op, rows = "patch_embed", _rows_of(weight)
+    m, s = per_channel(op, "mean", mean), per_channel(op, "std", std)
+    if m is not None and isinstance(patches, torch.Tensor) and patches.is_floating_point():
+        fail(op, "mean", f"value {tuple(m)}", "None for float patches, which are normalised already")
+    channels = 1 if m is None else _channels(m) if rows is weight else weight.shape[1]
+    return _embed_op(patches, rows, bias, channels, m, s, backend or "")
 
 
 def patch_embed_frames(
@@ -159,9 +165,10 @@ def patch_embed_frames(
         ``[N, E]`` in merge-block order (t, h/M, w/M, M, M), or (that, ``[N / M**2]`` float32 scores).
         Differentiable in weight and bias.
     """
+    op = "patch_embed_frames"
     embedding, scores = _frames_op(
-        frames, _rows_of(weight), bias, patch_size, merge_size, _floats(mean), _floats(std), _ints(window),
-        with_scores, backend or "",
+        frames, _rows_of(weight), bias, patch_size, merge_size, per_channel(op, "mean", mean),
+        per_channel(op, "std", std), _ints(op, window), with_scores, backend or "",
     )  # fmt: skip
     return (embedding, scores) if with_scores else embedding
 
@@ -185,9 +192,10 @@ def patch_embed_cut(
         ``[N, channels·P·P]`` of ``dtype`` (float32, bfloat16 or float16) in merge-block order, bit-equal
         to normalising in fp32 and rounding; with ``with_scores`` also ``[N / M**2]`` float32 scores.
     """
+    op = "patch_embed_cut"
     patches, scores = _cut_op(
-        frames, patch_size, merge_size, channels, _floats(mean), _floats(std), _ints(window), dtype, with_scores,
-        backend or "",
+        frames, patch_size, merge_size, channels, per_channel(op, "mean", mean), per_channel(op, "std", std),
+        _ints(op, window), dtype, with_scores, backend or "",
     )  # fmt: skip
     return (patches, scores) if with_scores else patches
 
@@ -201,7 +209,9 @@ def patch_embed_normalize(
     backend: str | None = None,
 ) -> torch.Tensor:
     """Normalise cut uint8 patches ``[N, C·P·P]`` to ``dtype``: (u8 / 255 - mean) / std in fp32, rounded."""
-    return _normalize_op(patches, len(mean), _floats(mean), _floats(std), dtype, backend or "")
+    op = "patch_embed_normalize"
+    m, s = _both(op, mean, std)
+    return _normalize_op(patches, _channels(m), m, s, dtype, backend or "")
 
 
 def fold_normalization(
@@ -218,12 +228,29 @@ def fold_normalization(
     caller can. Differentiable.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    planes = weight.flatten(1).to(wide).unflatten(1, (len(mean), -1))  # [E, C, P*P]
-    m = torch.tensor(tuple(mean), dtype=wide, device=weight.device)[:, None]
-    s = torch.tensor(tuple(std), dtype=wide, device=weight.device)[:, None]
+    means, stds = _both("fold_normalization", mean, std)
+    rows, channels = weight.flatten(1), len(means) if weight.dim() == 2 else weight.shape[1]
+    for name, values in (("mean", means), ("std", stds)):
+        if not channels or len(values) != channels or rows.shape[1] % channels:
+            fail("fold_normalization", name, f"{len(values)} values", f"one per channel of weight {list(weight.shape)}")
+    planes = rows.to(wide).unflatten(1, (channels, rows.shape[1] // channels))  # [E, C, P*P]
+    m = torch.tensor(means, dtype=wide, device=weight.device)[:, None]
+    s = torch.tensor(stds, dtype=wide, device=weight.device)[:, None]
     shift = (planes * (m / s)).sum((1, 2))
     folded_bias = -shift if bias is None else bias.to(wide) - shift
     return (planes / (255 * s)).flatten(1).to(weight.dtype), folded_bias.to(weight.dtype)
+
+
+def _both(op: str, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    m, s = per_channel(op, "mean", mean), per_channel(op, "std", std)
+    if m is None or s is None:
+        fail(op, "mean, std", "value None", "numbers, one per channel", TypeError)
+    return m, s
+
+
+def _channels(mean: list[float]) -> int:
+    """As many as means; an empty list is the op's to refuse, by its name."""
+    return max(len(mean), 1)
 
 
 def _rows_of(weight: torch.Tensor) -> torch.Tensor:
@@ -231,9 +258,5 @@ def _rows_of(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1) if isinstance(weight, torch.Tensor) and weight.dim() > 2 else weight
 
 
-def _floats(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else [float(v) for v in values]
-
-
-def _ints(window: Sequence[int] | None) -> list[int]:
-    return [] if window is None else [whole("patch_embed", "window", v) for v in window]
+def _ints(op: str, window: Sequence[int] | None) -> list[int]:
+    return [] if window is None else [whole(op, "window", v) for v in listed(op, "window", window, "(lo, hi)")]

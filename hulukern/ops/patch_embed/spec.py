@@ -42,7 +42,7 @@ def _check_window(op: str, arguments: Arguments) -> None:
 
 def _check_dtype(op: str, arguments: Arguments) -> None:
     if arguments["dtype"] not in FLOATS:
-        fail(op, "dtype", f"value {arguments['dtype']}", "float32, bfloat16 or float16", TypeError)
+        fail(op, "dtype", f"value {arguments['dtype']!r}", "float32, bfloat16 or float16", TypeError)
 
 
 def _check_normalize(arguments: Arguments, letters: dict[str, int]) -> None:

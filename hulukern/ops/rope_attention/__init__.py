@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hulukern.ops.common import whole
+from hulukern.ops.common import listed, whole
 from hulukern.ops.rope_attention.spec import ROPE_ATTENTION, ROPE_ATTENTION_BACKWARD, ROPE_ATTENTION_ROTATE
 from hulukern.registry import register
-from hulukern.validation import fail
+from hulukern.validation import fail, number
 
 
 def _fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,8 +74,9 @@ def rope_attention(
 
     Args:
         q, k, v: ``[N, A, D]`` float32, bfloat16 or float16, one dtype, not rotated. Any strides, so that the
-            views ``qkv.unbind(1)`` of a packed ``[N, 3, A, D]`` product are read in place. Kernels are
-            written for D = 64, 72, 80, 96 and 128.
+            views ``qkv.unbind(1)`` of a packed ``[N, 3, A, D]`` product are read in place. D is 64, 72, 80, 96
+            or 128 for ``"triton"`` and ``"cuda"``, any even number from 2 to 256 for ``"cpu"`` and any even one
+            for ``"reference"``.
         positions: ``[N, axes]`` int32 coordinates, such as :func:`hulukern.grid_positions` gives.
         cu_seqlens: ``[S+1]`` int32, sequence s is rows ``cu_seqlens[s]`` to ``cu_seqlens[s+1]``, such as
             :func:`hulukern.grid_cu_seqlens` gives. On a CUDA device the values are not checked, since
@@ -93,7 +94,8 @@ def rope_attention(
         gets zeros. Differentiable in q, k and v.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: shapes, sections, cu_seqlens that fall or do not end at N.
+        TypeError: wrong type or dtype. ValueError: shapes, a D that the backend does not take, sections,
+        cu_seqlens that fall or do not end at N.
         BackendUnavailable: the backend cannot run here.
 
     Source: Hulu-Med's encoder attention; the 3D form extends it by a frame axis.
@@ -102,10 +104,11 @@ def rope_attention(
     if (positions_q is None) != (cu_seqlens_q is None):
         fail(op, "positions_q, cu_seqlens_q", "one of the two", "both or neither")
     split = _sections(op, sections, q, positions)
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else number(op, "scale", scale)
     return _op(
         q, k, v, positions if positions_q is None else positions_q, positions,
         cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, cu_seqlens,
-        split, float(theta), q.shape[-1] ** -0.5 if scale is None else float(scale), backend or "",
+        split, number(op, "theta", theta), scale, backend or "",
     )[0]  # fmt: skip
 
 
@@ -122,7 +125,8 @@ def rope_attention_rotate(
 
     ``inverse`` turns back. Differentiable in x.
     """
-    options = (_sections("rope_attention_rotate", sections, x, positions), float(theta), inverse, backend or "")
+    op = "rope_attention_rotate"
+    options = (_sections(op, sections, x, positions), number(op, "theta", theta), inverse, backend or "")
     return _rotate_op(x, positions, *options)
 
 
@@ -134,7 +138,7 @@ def _sections(op: str, sections: Sequence[int] | None, x: torch.Tensor, position
             )
             fail(op, name, came, "[N, A, D] and positions [N, axes]", TypeError)
     if sections is not None:
-        return [whole(op, "sections", n) for n in sections]
+        return [whole(op, "sections", n) for n in listed(op, "sections", sections, "pair counts, one per axis")]
     pairs, axes = x.shape[-1] // 2, positions.shape[-1]
     if axes < 1 or pairs % axes:
         fail(op, "sections", "value None", f"pair counts, since D/2 = {pairs} does not divide into {axes} axes")

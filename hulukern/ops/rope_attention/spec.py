@@ -11,19 +11,31 @@ from hulukern.ops.rope_attention.reference import _sequences, rope_attention_rot
 from hulukern.spec import Arguments, BadCall, Case, Cost, Op, TensorArg, at_tokens
 from hulukern.validation import fail
 
-HEAD_DIMS = (64, 72, 80, 96, 128)  # what kernels are written for; the reference takes any even one
+HEAD_DIMS = (64, 72, 80, 96, 128)  # what GPU kernels are written for; the reference takes any even one
+MAX_HEAD_DIM_CPU = 256
 HW = {64: [16, 16], 72: [18, 18], 80: [20, 20], 96: [24, 24], 128: [32, 32]}
 THW = {72: [12, 12, 12], 96: [16, 16, 16]}
 
 
 def _check_sections(op: str, a: Arguments, letters: dict[str, int]) -> None:
     sections, D, axes = a["sections"], letters["D"], letters["axes"]
+    if D < 2:
+        fail(op, "x" if "x" in a else "q", f"D={D}", "at least 2")
     if min(sections, default=0) < 1 or 2 * sum(sections) != D:
         fail(op, "sections", f"value {sections}", f"positive pair counts that add up to D/2 = {D / 2:g}")
     if len(sections) != axes:
         fail(op, "positions", f"{axes} axes", f"{len(sections)} as sections {sections}")
     if not a["theta"] > 0:
         fail(op, "theta", f"value {a['theta']}", "above 0")
+
+
+def _check_head_dim(op: str, backend: str, a: Arguments) -> None:
+    name = "x" if "x" in a else "q"
+    D = a[name].shape[2]
+    if backend in ("triton", "cuda") and D not in HEAD_DIMS:
+        fail(op, name, f"D={D}", f"one of {', '.join(map(str, HEAD_DIMS))} for backend {backend!r}")
+    if backend == "cpu" and D > MAX_HEAD_DIM_CPU:
+        fail(op, name, f"D={D}", f"an even number up to {MAX_HEAD_DIM_CPU} for backend 'cpu'")
 
 
 def _check_attention(op: str, a: Arguments, letters: dict[str, int]) -> None:
@@ -205,6 +217,7 @@ ROPE_ATTENTION = Op(
     },
     uninterpreted=DOT_UNINTERPRETED,
     check=lambda a, letters: _check_attention("rope_attention", a, letters),
+    check_backend=lambda backend, a: _check_head_dim("rope_attention", backend, a),
     bad_calls=_BAD,
 )
 
@@ -239,6 +252,7 @@ ROPE_ATTENTION_BACKWARD = Op(
     },
     uninterpreted=DOT_UNINTERPRETED,
     check=lambda a, letters: _check_attention("rope_attention_backward", a, letters),
+    check_backend=lambda backend, a: _check_head_dim("rope_attention_backward", backend, a),
     bad_calls=(
         *_BAD,
         BadCall("lse_shape", lambda a: {**a, "lse": a["lse"].t()}, ValueError, ("lse", "A=")),
@@ -277,6 +291,7 @@ ROPE_ATTENTION_ROTATE = Op(
         "cuda": "native:rope_attention_rotate",
     },
     check=lambda a, letters: _check_sections("rope_attention_rotate", a, letters),
+    check_backend=lambda backend, a: _check_head_dim("rope_attention_rotate", backend, a),
     bad_calls=(
         BadCall("sections_sum", lambda a: {**a, "sections": [18, 17]}, ValueError, ("sections", "D/2 = 36")),
         BadCall("positions_rows", lambda a: {**a, "positions": a["positions"][1:]}, ValueError, ("positions", "N=")),

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from hulukern.ops.common import listed, whole
 from hulukern.ops.token_compact.spec import TOKEN_COMPACT, TOKEN_COMPACT_BACKWARD
 from hulukern.registry import register
-from hulukern.validation import fail
+from hulukern.validation import fail, shape_text
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,23 @@ def token_compact(
 
     Source: the released Hulu-Med ``_compress_visual_tokens``, for any batch size.
     """
+    op = "token_compact"
     if n_rows is None:
         if tensors:
-            n_rows = tensors[0].shape[0]
-        elif keep.dtype == torch.bool:
-            n_rows = keep.shape[0]
+            n_rows = _rows(op, "tensors[0]", tensors[0])
+        elif not isinstance(keep, torch.Tensor) or keep.dtype == torch.bool:
+            n_rows = _rows(op, "keep", keep)
         else:
-            fail("token_compact", "n_rows", "value None", "N, since row numbers come without tensors")
-    values = [0] * len(tensors) if fill is None else list(fill)
+            fail(op, "n_rows", "value None", "N, since row numbers come without tensors")
+    values = [0] * len(tensors)
+    if fill is not None:
+        values = [whole(op, "fill", v) for v in listed(op, "fill", fill, "numbers, one per tensor")]
     return Compacted(*_op(keep, list(tensors), cu_seqlens, n_rows, bound, values, backend or ""))
+
+
+def _rows(op: str, name: str, x: torch.Tensor) -> int:
+    if not isinstance(x, torch.Tensor):
+        fail(op, name, f"type {type(x).__name__}", "a torch.Tensor", TypeError)
+    if not x.dim():
+        fail(op, name, f"shape {shape_text(x.shape)}", "[N, ...]")
+    return x.shape[0]

@@ -61,7 +61,7 @@ def _sample(case: Case, dtype: torch.dtype, device: torch.device, g: torch.Gener
         "cu_seqlens": ends,
         "n_rows": n,
         "bound": s.get("bound"),
-        "fill": [0, -100, 7][: len(tensors)],
+        "fill": [0, 1, -100][: len(tensors)],
     }
 
 

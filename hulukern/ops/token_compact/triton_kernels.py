@@ -165,7 +165,7 @@ def token_compact_positions_kernel(
         tl.store(index + b_slot, b_slot * 0 - 1, mask=m & (b_slot >= tl.load(count)))
 
 
-@triton.jit(do_not_specialize=["n_slots"])
+@triton.jit(do_not_specialize=["n_slots", "fill"])
 def token_compact_rows_kernel(
     x,  # [N, units * UNIT] at stride_x
     index,  # [n_slots] i64

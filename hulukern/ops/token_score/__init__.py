@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hulukern.ops.common import GridTHW, flat_grid_thw, whole
+from hulukern.ops.common import GridTHW, flat_grid_thw, listed, whole
 from hulukern.ops.token_score.spec import TOKEN_SCORE, TOKEN_SCORE_FRAMES
 from hulukern.registry import register
 from hulukern.validation import fail
@@ -88,9 +88,10 @@ def token_score_frames(
     Returns:
         ``[T * H/(P M) * W/(P M)]`` float32 in steps of 0..255, exact. First frame +inf.
     """
-    flat: list[int] = []
-    for window in () if windows is None else windows:
-        if len(window) != 2:
-            fail("token_score_frames", "windows", f"a row {window!r}", "rows (lo, hi)")
-        flat += [whole("token_score_frames", "windows", edge) for edge in window]
+    op, flat = "token_score_frames", list[int]()
+    for window in () if windows is None else listed(op, "windows", windows, "rows (lo, hi)"):
+        edges = listed(op, "windows", window, "rows (lo, hi)")
+        if len(edges) != 2:
+            fail(op, "windows", f"a row {window!r}", "rows (lo, hi)")
+        flat += [whole(op, "windows", edge) for edge in edges]
     return _frames_op(frames, patch_size, merge_size, flat, reference, threshold, backend or "")
