@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -42,6 +43,20 @@ def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
         finally:
             on_simulator.reset(token)
+
+    return run
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a CUDA backend. A launch goes to the current device, which need not be its tensors'."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(device):
+            return function(*arguments)
 
     return run
 
@@ -115,8 +130,27 @@ def unavailable(backend: str) -> str:
             return f"the library has no CUDA kernels: {_C.cuda_absent_reason}"
         if simulating():
             return "" if _C.cuda_archs == "simulated" else "HULUKERN_SIM=1 was set after the library was loaded"
-        return "" if torch.cuda.is_available() else "no CUDA device"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        if not holds_code_for(_C.cuda_archs, 10 * major + minor):
+            return f"the library has CUDA code for {_C.cuda_archs}, none that runs on sm_{major}{minor}"
+        return ""
     return f"no such backend, expected one of {', '.join(BACKENDS)}"
+
+
+def holds_code_for(archs: str, capability: int) -> bool:
+    """Whether code for CMake's ``archs`` runs on a device: machine code on later ones of its generation, with an "a" on
+    its own only, and PTX on all later ones."""
+    for arch in re.split(r"[;, ]+", archs):
+        number = re.match(r"(\d+)([af]?)(-real|-virtual)?$", arch)
+        if number is None:  # native, all, all-major
+            return True
+        of, own, kind = int(number[1]), number[2], number[3]
+        same = of == capability if own == "a" else of <= capability and of // 10 == capability // 10
+        if (same and kind != "-virtual") or (of <= capability and not own and kind != "-real"):
+            return True
+    return False
 
 
 def runs_on(backend: str, device_type: str) -> bool:

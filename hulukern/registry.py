@@ -25,6 +25,7 @@ from hulukern.backends import (
     BackendUnavailable,
     choose,
     interpreting,
+    on_its_device,
     on_the_host,
     runs_on,
     simulating,
@@ -76,8 +77,8 @@ class RegisteredOp:
         function: Callable[..., Any] = getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
         if name == "reference":
             function = without_autocast(function)
-        if name == "cuda" and simulating():
-            function = on_the_host(function)
+        if name == "cuda":
+            function = on_the_host(function) if simulating() else on_its_device(function)
         if name == "triton" and os.environ.get("HULUKERN_AUTOTUNE") == "1":
             function = autotuned(function)
         self.implementations[name] = function

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hulukern
+from hulukern.backends import holds_code_for, on_its_device
 from hulukern.env import openmp_libraries, report
 from hulukern.testing import harness
 
@@ -418,3 +421,36 @@ def test_one_dimension_is_one_row() -> None:
     x, w = torch.randn(8), torch.ones(8)
     torch.testing.assert_close(hulukern.layer_norm(x, w, w), hulukern.layer_norm(x[None], w, w)[0])
     torch.testing.assert_close(hulukern.bias_gelu(x, w), hulukern.bias_gelu(x[None], w)[0])
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "expected"),
+    [
+        ("80-real;90a-real;100a-real;120", 90, True),
+        ("80-real;90a-real;100a-real;120", 75, False),
+        ("80-real;90a-real;100a-real;120", 89, True),
+        ("80-real;90a-real;100a-real;120", 103, False),  # an "a" is for its own
+        ("80-real;90a-real;100a-real;120", 121, True),
+        ("80-virtual", 90, True),
+        ("90a", 100, False),
+        ("native", 90, True),
+    ],
+)
+def test_a_library_without_code_for_the_device_is_not_chosen(archs: str, capability: int, expected: bool) -> None:
+    assert holds_code_for(archs, capability) is expected
+
+
+def test_launches_go_to_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        entered.append(of)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x = torch.empty(2)
+    for current, expected in ((x.device.index, []), (1, [x.device])):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert on_its_device(lambda *arguments: arguments)(None, x, 3) == (None, x, 3)
+        assert entered == expected
