@@ -41,7 +41,7 @@ MORE: dict[str, tuple[tuple[Case, torch.dtype | None], ...]] = {
         (Case("large", {"THWC": (4, 144, 144, 3), "patch_size": 24, "merge_size": 6}), None),
     ),
     # Labels are filled with 1, which Triton would take for a constant.
-    "token_compact": ((Case("labels", {"n": 64, "E": 8, "labels": True}), torch.bfloat16),),
+    "token_compact": ((Case("labels", {"N": 64, "labels": True}), torch.bfloat16),),
     "rope_attention": ((Case("d128", {"lengths": (300,), "A": 2, "D": 128}), torch.bfloat16),),
     "rope_attention_backward": (
         (Case("d128", {"lengths": (300,), "A": 2, "D": 128}), torch.bfloat16),
