@@ -112,6 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not options.seconds > 0 or options.max_frames < 2 or options.encoder_layers < 1:
         raise ValueError("--seconds, --max-frames, --encoder-layers: have values too small, expected above 0, 1 and 0")
+    if options.encoder_layers > 27:
+        raise ValueError(f"--encoder-layers: has {options.encoder_layers}, expected at most the encoder's 27")
     decoder = decoder_shape(options.decoder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = whole({"num_hidden_layers": options.encoder_layers}, decoder, torch.bfloat16, device)

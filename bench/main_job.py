@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     inputs = read_inputs(options.input, options.max_frames)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"{options.out}: has a file there, expected a folder for the results")
+    options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before measuring
     kept = keep_freed_memory()
     job = Quick(inputs, options.seconds, console)
     try:

@@ -77,7 +77,8 @@ def rope_attention(
             views ``qkv.unbind(1)`` of a packed ``[N, 3, A, D]`` product are read in place. D is 64, 72, 80, 96
             or 128 for ``"triton"`` and ``"cuda"``, any even number from 2 to 256 for ``"cpu"`` and any even one
             for ``"reference"``.
-        positions: ``[N, axes]`` int32 coordinates, such as :func:`hulukern.grid_positions` gives.
+        positions: ``[N, axes]`` int32 coordinates, such as :func:`hulukern.grid_positions` gives. On CUDA and in
+            Triton angles are of fp32: coordinates up to 10 million.
         cu_seqlens: ``[S+1]`` int32, sequence s is rows ``cu_seqlens[s]`` to ``cu_seqlens[s+1]``, such as
             :func:`hulukern.grid_cu_seqlens` gives. On a CUDA device the values are not checked, since
             reading them would stall the stream.
