@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import math
@@ -189,17 +191,24 @@ def test_what_a_stopped_stage_found_wrong_is_no_success(
 
 def test_an_interrupted_device_run_leaves_nothing_running(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "device", "--device", "cpu", "--stage", "ops", "--out", str(tmp_path)]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )  # fmt: skip
     assert run.stdout is not None
     assert run.stdout.readline().endswith("ops\n")
 
     def children() -> list[str]:
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        return [line for line in listed.splitlines() if "--suite ops" in line and str(tmp_path) in line]
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found.append(path.read_text().replace("\0", " "))
+        return [line for line in found if "--suite ops" in line and str(tmp_path) in line]
 
     deadline = time.monotonic() + 30
     while not children() and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert children()
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=60) == 2
     assert not children()
