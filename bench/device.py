@@ -202,6 +202,9 @@ def capture(command: list[str], limit_s: float, environment: dict[str, str]) -> 
         return process.communicate(timeout=limit_s)[0], process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)
+    except BaseException:
+        stop_all()
+        raise
     finally:
         _running.discard(process)
     try:
