@@ -34,7 +34,7 @@ from bench import counters, gpu, ops
 from bench.baselines import BASELINES
 from bench.contenders import Filter
 from bench.results import load_results, write_text
-from hulukern.backends import BACKENDS, unavailable
+from hulukern.backends import unavailable
 from hulukern.testing import harness
 
 ROOT = Path(__file__).parents[1]
@@ -126,10 +126,7 @@ def run_ops(options: argparse.Namespace, peers: list[str], path: Path, log: Log,
         if not lost or time.monotonic() > end:
             break
     found = written_since(path, begun) or {"reasons": {}}
-    wrong = [
-        f"{group}/{name}: {reason}" for group, reasons in found["reasons"].items() for name, reason in reasons.items()
-        if reason.startswith("wrong") and name in (*BACKENDS, "all")
-    ]  # fmt: skip
+    wrong = ops.wrong_of_ours(found["reasons"])
     return {"exit_code": code, **({"wrong": wrong} if wrong else {})}
 
 

@@ -78,6 +78,14 @@ def _lost(device: str) -> str:
     return ""
 
 
+def wrong_of_ours(reasons: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What a file's reasons say against our backends, or a whole group."""
+    return [
+        f"{group}/{name}: {reason}" for group, found in reasons.items() for name, reason in found.items()
+        if reason.startswith("wrong") and name in (*BACKENDS, "all")
+    ]  # fmt: skip
+
+
 class Suite:
     """A run that saves as it goes: what an interrupted one leaves is whole, and ``resume`` goes on from there."""
 
@@ -105,13 +113,6 @@ class Suite:
     @property
     def left(self) -> list[Group]:
         return [g for g in self.groups if str(g) not in self.reasons]
-
-    @property
-    def wrong(self) -> list[str]:
-        return [
-            f"{group}/{name}: {reason}" for group, found in self.reasons.items() for name, reason in found.items()
-            if reason.startswith("wrong") and name in (*BACKENDS, "all")
-        ]  # fmt: skip
 
     @property
     def refused(self) -> dict[str, list[str]]:
@@ -224,5 +225,6 @@ def main(path: Path, wanted: Filter, seconds: float, resume: bool, warm: bool, l
         print(f"no time for: {', '.join(map(str, suite.left))}")
     for name, found in suite.refused.items():
         print(f"{name}: no row in {len(found)} groups; {found[0]}")
-    print("\n".join([f"wrong  {w}" for w in suite.wrong] + [str(path)]))
-    return 1 if suite.wrong else 0
+    wrong = wrong_of_ours(suite.reasons)
+    print("\n".join([f"wrong  {w}" for w in wrong] + [str(path)]))
+    return 1 if wrong else 0

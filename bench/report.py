@@ -282,7 +282,7 @@ proportional to what is kept.</p>{figures.curve(data["curve"], 0.55)}{_table(cur
 
 def _gpu(data: dict[str, Any]) -> str:
     """Suite gpu: its curve has a part of the pipeline and a batch where that of e2e has an input and a rule."""
-    from bench import gpu  # which needs torch
+    from bench import gpu  # which needs transformers
 
     points = [
         {"input": f"{p['part']}, batch {p['batch']}", "rule": "budget", "reduction": p["reduction"], "gain": p["gain"]}

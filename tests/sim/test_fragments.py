@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-HEAD_DIMS = (64, 72, 80, 96, 128)
+from hulukern.ops.rope_attention.spec import HEAD_DIMS
+
 DTYPES = {torch.bfloat16: 5, torch.float16: 4}
 LANES = [(lane, lane // 4, lane % 4) for lane in range(32)]
 

@@ -131,9 +131,5 @@ extern "C" int hk_patch_embed_cut(const hk_exec* exec, const hk_tensor* frames, 
   args.score.n_windows = 1;
   args.score.windows[0] = frames->dtype == HK_U8 ? u8_window(args.score.view) : i16_window(args.score.view, o.lo, o.hi);
   args.num_threads = threads_for(exec, patches->shape[0] * patches->shape[1] * dtype_size(patches->dtype));
-  const int status = HK_DISPATCH(patch_embed_cut, args);
-  if (status == HK_OUT_OF_MEMORY)
-    return fail(HK_OUT_OF_MEMORY, "%s: a scratch patch of %lld values could not be allocated", op,
-                (long long)(C * o.patch_size * o.patch_size));
-  return status;
+  return HK_DISPATCH(patch_embed_cut, args);
 }

@@ -31,7 +31,6 @@ from hulukern.ops.rope_attention.triton_kernels import (
 )
 from hulukern.ops.rope_attention.triton_rotary import (
     angles,
-    check_head_dim,
     packed,
     pairs_of,
     rotated,
@@ -445,7 +444,6 @@ def rope_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # of q, k, v
     op = "rope_attention_backward"
     (Nq, A, D), Nk = q.shape, k.shape[0]
-    check_head_dim(op, "q", D)
     check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, Nq)
     check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, Nk)
     grad, q, k, v, out = (inner_dense(x) for x in (grad, q, k, v, out))

@@ -25,7 +25,6 @@ import triton.language as tl
 from hulukern.ops.common import check_cu_seqlens
 from hulukern.ops.rope_attention.triton_rotary import (
     angles,
-    check_head_dim,
     launch_rotate,
     packed,
     pairs_of,
@@ -258,7 +257,6 @@ def rope_attention(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # out [Nq, A, D], log-sum-exp [A, Nq] f32
     Nq, A, D = q.shape
-    check_head_dim("rope_attention", "q", D)
     check_cu_seqlens("rope_attention", "cu_seqlens_q", cu_seqlens_q, Nq)
     check_cu_seqlens("rope_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     q, k, v = (inner_dense(x) for x in (q, k, v))
@@ -308,7 +306,6 @@ def rope_attention_rotate(
     theta: float,
     inverse: bool,
 ) -> torch.Tensor:  # [N, A, D]
-    check_head_dim("rope_attention_rotate", "x", x.shape[2])
     x = inner_dense(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch_rotate(x, out, positions.contiguous(), sections, theta, -1.0 if inverse else 1.0, False)

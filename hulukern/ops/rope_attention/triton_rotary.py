@@ -33,14 +33,6 @@ import triton.language as tl
 
 from hulukern.ops.triton_common import PROGRAMS, architecture, rounded, sincos, taken_strides, unit_of
 from hulukern.tuning import row
-from hulukern.validation import fail
-
-HEAD_DIMS = (64, 72, 80, 96, 128)
-
-
-def check_head_dim(op: str, name: str, D: int) -> None:
-    if D not in HEAD_DIMS:
-        fail(op, name, f"D={D}", f"one of {', '.join(map(str, HEAD_DIMS))} for backend 'triton'")
 
 
 def pairs_of(D: int) -> dict[str, int]:
