@@ -454,3 +454,29 @@ def test_launches_go_to_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
         assert on_its_device(lambda *arguments: arguments)(None, x, 3) == (None, x, 3)
         assert entered == expected
+
+
+def test_scratch_that_cannot_be_had_names_the_op() -> None:
+    """And not what an earlier call was told."""
+    code = """
+import resource
+import torch, hulukern
+from hulukern import _C
+torch.set_num_threads(1)
+N = 5_000_000
+x, positions = torch.zeros(N, 1, 2), torch.zeros(N, 1, dtype=torch.int32)
+ends = torch.tensor([0, N], dtype=torch.int32)
+hulukern.rope_attention(x[:2], x[:2], x[:2], positions[:2], torch.tensor([0, 2], dtype=torch.int32), backend="cpu")
+try:
+    _C.bias_gelu(False, 1, x[:2, 0], None, x[:2, 0], 7)
+except ValueError as error:
+    assert "bias_gelu" in str(error)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 300 * 2**20,) * 2)
+try:
+    hulukern.rope_attention(x, x, x, positions, ends, backend="cpu")
+except MemoryError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "rope_attention: has no memory for its scratch, expected some\n", done.stderr
